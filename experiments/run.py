@@ -1,0 +1,57 @@
+"""Runs one experiment, or goes on with it: the same command again resumes.
+
+    python -m experiments.run --config=configs/agentic_search/search_r1.py --workdir=out/search_r1
+    python -m experiments.run --config=search_r1:tiny --config.steps=20
+
+`--config` takes a config file or a slug, with `:arm` behind it (tiny, small, paper; default small). The workdir gets
+config.json, metrics.jsonl, summary.json, checkpoints/, figures/ and TensorBoard events; without `--workdir` it is
+out/<slug>-<arm>. `--config.key=value` changes the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from experiments import ROOT, load_page, split_name
+from jaxrl_llm.train.config import load_config, parse_overrides
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 the run failed, 2 bad arguments. A signal ends with 130 or 143, after saving."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file or slug, with :arm")
+    parser.add_argument("--workdir", help="folder of the run")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    try:
+        overrides, rest = parse_overrides(sys.argv[1:] if arguments is None else arguments)
+        options = parser.parse_args(rest)
+        files, arm = split_name(options.config)
+        config = load_config(f"{ROOT / files.config}:{arm}", overrides)
+        page = load_page(files)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    # Only now: jax takes a second to import, and a mistyped key should not wait for it.
+    from jaxrl_llm.train import CheckpointError, NonFiniteError, WorkdirError, enable_compilation_cache, run_page
+
+    enable_compilation_cache(ROOT / ".jax_cache")
+    try:
+        summary = run_page(page, config, options.workdir or f"out/{files.slug}-{arm}", quiet=options.quiet)
+    except WorkdirError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(summary, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

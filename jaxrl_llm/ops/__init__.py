@@ -1,0 +1,96 @@
+"""Everything the algorithms are made of: pure functions of arrays, safe under jit, vmap and grad.
+
+Axis letters are those of `jaxrl_llm.types`. Options are keyword-only and static. Values under a false mask are never
+read, reductions are in float32, an empty mask gives 0, and a loss returns (float32 scalar, metrics).
+"""
+
+from jaxrl_llm.ops.advantages import (
+    dual_level_advantages,
+    group_relative_advantages,
+    grpo_advantages,
+    prime_advantages,
+    reinforce_pp_advantages,
+    remax_advantages,
+    rloo_advantages,
+    turn_advantages,
+)
+from jaxrl_llm.ops.divergences import (
+    categorical_kl,
+    jensen_shannon,
+    kl_estimate,
+    symmetric_kl,
+    token_entropy,
+    update_kl_coefficient,
+)
+from jaxrl_llm.ops.groups import (
+    first_occurrence_mask,
+    group_normalize,
+    group_stats,
+    informative_group_scale,
+    masked_whiten,
+    segment_reduce,
+)
+from jaxrl_llm.ops.masked import (
+    Aggregation,
+    Moments,
+    aggregate_loss,
+    loss_denominator,
+    masked_mean,
+    masked_softmax,
+    masked_sum,
+    masked_var,
+    reduce_loss,
+    sequence_log_ratio,
+    sequence_logprob,
+    update_moments,
+)
+from jaxrl_llm.ops.policy_losses import (
+    cispo_loss,
+    gspo_loss,
+    importance_weights,
+    mirror_descent_loss,
+    ppo_clip_loss,
+    reinforce_loss,
+    shape_ratio,
+)
+from jaxrl_llm.ops.returns import (
+    discounted_returns,
+    gae_advantages,
+    kl_shaped_rewards,
+    next_values,
+    reverse_discounted_sum,
+    vtrace_advantages,
+    vtrace_targets,
+)
+from jaxrl_llm.ops.selection import dynamic_sampling_mask
+from jaxrl_llm.ops.shaping import overlong_penalty
+from jaxrl_llm.ops.supervised_losses import sft_loss, token_cross_entropy, value_loss
+from jaxrl_llm.ops.turns import add_outcome, broadcast_values, last_turn_mask, place_turn_rewards
+
+__all__ = [
+    # reductions over masked tokens
+    "masked_sum", "masked_mean", "masked_var", "masked_softmax", "sequence_logprob", "sequence_log_ratio",
+    "Moments", "update_moments",
+    # which mean a loss takes
+    "Aggregation", "aggregate_loss", "loss_denominator", "reduce_loss",
+    # groups
+    "segment_reduce", "group_stats", "group_normalize", "masked_whiten", "informative_group_scale",
+    "first_occurrence_mask",
+    # turns and tokens
+    "broadcast_values", "place_turn_rewards", "last_turn_mask", "add_outcome",
+    # returns
+    "reverse_discounted_sum", "discounted_returns", "next_values", "gae_advantages", "vtrace_targets",
+    "vtrace_advantages", "kl_shaped_rewards",
+    # advantages
+    "group_relative_advantages", "grpo_advantages", "rloo_advantages", "remax_advantages", "reinforce_pp_advantages",
+    "turn_advantages", "dual_level_advantages", "prime_advantages",
+    # losses of the policy
+    "ppo_clip_loss", "gspo_loss", "cispo_loss", "reinforce_loss", "importance_weights", "shape_ratio",
+    "mirror_descent_loss",
+    # losses towards targets
+    "value_loss", "sft_loss", "token_cross_entropy",
+    # entropies and divergences
+    "token_entropy", "kl_estimate", "update_kl_coefficient", "categorical_kl", "symmetric_kl", "jensen_shannon",
+    # shaping and selection
+    "overlong_penalty", "dynamic_sampling_mask",
+]

@@ -1,0 +1,36 @@
+"""Log-probabilities of tokens from hidden states: the fused head."""
+
+from __future__ import annotations
+
+from jaxrl_kernels import fused_logprob
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.types import Decoding
+
+
+def token_logprobs(
+    hidden: Float[Array, "*B D"], head: Float[Array, "V D"], targets: Int[Array, "*B"], *,
+    decoding: Decoding = Decoding(), mask: Bool[Array, "*B"] | None = None,
+    entropy_gradient: bool = False, chunk: int = 512,
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """Log-prob and entropy (nats) of the distribution that `hidden` predicts, for the token `targets` beside it.
+
+    `log softmax(hidden @ head.T / temperature)[target]`, renormalized over what the filters of `decoding` keep, so that a token
+    sampled under `decoding` gets the log-prob it was sampled with. The caller aligns: the hidden state at t goes with the
+    token at t + 1. Entries where `mask` is false are 0 and cost nothing. `[..., V]` exists for `chunk` tokens at a time, in
+    the backward pass too. The entropy carries a gradient only with `entropy_gradient`. Float32.
+
+    Raises:
+      ValueError: shapes do not fit.
+    """
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"targets must have the leading shape of hidden {hidden.shape[:-1]}, got {targets.shape}")
+    if hidden.shape[-1] != head.shape[-1]:
+        raise ValueError(f"head must be [V, {hidden.shape[-1]}] like hidden, got {head.shape}")
+    if mask is not None and mask.shape != targets.shape:
+        raise ValueError(f"mask must have the shape of targets {targets.shape}, got {mask.shape}")
+    logprobs, entropy = fused_logprob(
+        hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), temperature=decoding.temperature,
+        top_k=decoding.top_k, top_p=decoding.top_p, min_p=decoding.min_p,
+        needed=None if mask is None else mask.reshape(-1), entropy_gradient=entropy_gradient, chunk=chunk)
+    return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)

@@ -1,0 +1,77 @@
+"""Training: state and optimizer, the loop with checkpoints and its record, configs, tables and figures."""
+
+from jaxrl_llm.train.checkpoints import CheckpointError, Checkpoints, finished_steps, read_arrays
+from jaxrl_llm.train.config import (
+    choose_arm,
+    flatten,
+    from_json,
+    load_config,
+    optimizer_config,
+    override,
+    parse_overrides,
+    to_json,
+)
+from jaxrl_llm.train.figures import bar_chart, learning_curves, read_curve
+from jaxrl_llm.train.interrupts import Interrupted, StopRequests
+from jaxrl_llm.train.intervals import Interval, bootstrap_mean, judge
+from jaxrl_llm.train.logging import RunLog, WorkdirError, read_metrics, read_outcomes, read_summary
+from jaxrl_llm.train.loops import NonFiniteError, loop, over_seeds, stack_seeds
+from jaxrl_llm.train.runs import Page, enable_compilation_cache, is_complete, run_page
+from jaxrl_llm.train.state import (
+    accumulate_gradients,
+    apply_gradients,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    mean_metrics,
+)
+from jaxrl_llm.train.tables import Claim, Table, better, find_metric, run_table, summarize, write_table
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Claim",
+    "Interrupted",
+    "Interval",
+    "NonFiniteError",
+    "Page",
+    "RunLog",
+    "StopRequests",
+    "Table",
+    "WorkdirError",
+    "accumulate_gradients",
+    "apply_gradients",
+    "bar_chart",
+    "better",
+    "bootstrap_mean",
+    "choose_arm",
+    "enable_compilation_cache",
+    "find_metric",
+    "finished_steps",
+    "flatten",
+    "from_json",
+    "init_state",
+    "is_complete",
+    "judge",
+    "learning_curves",
+    "load_config",
+    "loop",
+    "make_optimizer",
+    "make_schedule",
+    "mean_metrics",
+    "optimizer_config",
+    "over_seeds",
+    "override",
+    "parse_overrides",
+    "read_arrays",
+    "read_curve",
+    "read_metrics",
+    "read_outcomes",
+    "read_summary",
+    "run_page",
+    "run_table",
+    "stack_seeds",
+    "summarize",
+    "to_json",
+    "write_table",
+]

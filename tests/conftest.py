@@ -1,0 +1,21 @@
+"""Settings that must hold before jax is imported, and how hypothesis runs."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Set in the environment, so that tests which start a process of their own pass them on. A caller's setting wins:
+# JAX_PLATFORMS=cuda pytest runs the tests on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# No deadline, as the first example compiles; the same examples on every run, so that a failure can be looked at again.
+hypothesis.settings.register_profile(
+    "house", deadline=None, max_examples=25, derandomize=True, database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("house")
