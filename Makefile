@@ -25,7 +25,7 @@ $(STAMP): requirements.lock setup.py
 	        echo "make install: no Python 3.11 or later on the PATH. Install one and run this again." >&2; exit 1; \
 	    elif [ -z "$$found" ]; then \
 	        echo "make install: $$new_enough cannot make virtual environments (its ensurepip module is missing)." >&2; \
-	        echo "On Debian or Ubuntu: apt-get install python3-venv (or $$new_enough-venv); then run this again." >&2; exit 1; \
+	        echo "On Debian or Ubuntu: apt-get install $$new_enough-venv; then run this again." >&2; exit 1; \
 	    fi; \
 	    echo "Making .venv with $$($$found --version)"; \
 	    $$found -m venv --clear .venv; \

@@ -16,7 +16,15 @@ import sys
 from collections.abc import Sequence
 
 from experiments import ROOT, load_page, split_name
-from jaxrl_llm.train.config import load_config, parse_overrides
+from jaxrl_llm.train import (
+    CheckpointError,
+    NonFiniteError,
+    WorkdirError,
+    enable_compilation_cache,
+    load_config,
+    parse_overrides,
+    run_page,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,9 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-    # Only now: jax takes a second to import, and a mistyped key should not wait for it.
-    from jaxrl_llm.train import CheckpointError, NonFiniteError, WorkdirError, enable_compilation_cache, run_page
 
     enable_compilation_cache(ROOT / ".jax_cache")
     try:

@@ -18,8 +18,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments import ROOT, load_page, split_name
-from jaxrl_llm.train.config import DEFAULT_ARM, load_config, parse_overrides
+from jaxrl_llm.train import (
+    CheckpointError,
+    NonFiniteError,
+    WorkdirError,
+    enable_compilation_cache,
+    load_config,
+    parse_overrides,
+    run_table,
+    write_table,
+)
+from jaxrl_llm.train.config import DEFAULT_ARM
+from jaxrl_llm.train.tables import markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,18 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-    import jax
-
-    from jaxrl_llm.train import (
-        CheckpointError,
-        NonFiniteError,
-        WorkdirError,
-        enable_compilation_cache,
-        run_table,
-        write_table,
-    )
-    from jaxrl_llm.train.tables import markdown
 
     enable_compilation_cache(ROOT / ".jax_cache")
     parts = [options.table, *([] if config_arm == DEFAULT_ARM else [config_arm])]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-Params = PyTree[Array]
+Params: TypeAlias = PyTree[Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,21 @@ class Rollout:
     turn_mask: Bool[Array, "B K"]  # which turns took place
     truncated: Bool[Array, "B"]  # stopped by a limit of the sampler, not by the environment
     decoding: Decoding = Decoding()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[
+    "rollout", "mask", "old_logprobs", "ref_logprobs", "advantages", "returns", "old_values"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a policy update reads: rollouts and what was computed from them once. All of it is constant in the update."""
+
+    rollout: Rollout
+    mask: Bool[Array, "B T"]  # tokens that the loss touches; the rollout's mask unless an ablation says otherwise
+    old_logprobs: Float[Array, "B T"]  # under the policy that sampled
+    advantages: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None = None
+    returns: Float[Array, "B T"] | None = None  # targets of a critic
+    old_values: Float[Array, "B T"] | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[

@@ -10,6 +10,9 @@ from jaxrl_llm.envs.geography import (
     make_geography_host_env,
 )
 from jaxrl_llm.envs.protocols import DeviceEnv, HostEnv
+from jaxrl_llm.envs.single_turn import SingleTurnEnv
 
-__all__ = ["DeviceEnv", "GeographyEnv", "GeographyHostEnv", "GeographyState", "GeographyTask", "HostEnv", "encode_tasks",
-           "make_geography_env", "make_geography_host_env"]
+__all__ = [
+    "DeviceEnv", "GeographyEnv", "GeographyHostEnv", "GeographyState", "GeographyTask", "HostEnv", "SingleTurnEnv",
+    "encode_tasks", "make_geography_env", "make_geography_host_env",
+]

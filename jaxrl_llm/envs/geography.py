@@ -1,9 +1,10 @@
 """Search-R1's episode over the geography world, as a device environment and as a host environment.
 
 A turn of the policy ends with `</search>` or `</answer>`. A search brings the best passages between `<information>` and
-`</information>`, an answer ends the episode with reward 1 if it is an exact match and 0 if not. A turn that closes neither is
-spent: the policy is told so, and it counts as a search. After `max_searches` of them anything but an answer ends the episode
-with reward 0. (Jin et al. 2025, "Search-R1", but for the last rule: there the last turn simply has no search.)
+`</information>`, an answer ends the episode with reward 1 if it is an exact match and 0 if not. A turn that closes
+neither is spent: the policy is told so, and it counts as a search. After `max_searches` of them anything but an answer
+ends the episode with reward 0. (Jin et al. 2025, "Search-R1", but for the last rule: there the last turn simply has no
+search.)
 
 Both environments give the same observations, rewards and ends for the same turns.
 """
@@ -20,14 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from jaxrl_llm.data.token_hashes import TokenHashes, WordTable, answer_hash, known_words, token_hashes, word_table
-from jaxrl_llm.data.worlds.geography import Question, geography_index
+from jaxrl_llm.data.text_hashes import (
+    TokenHashes,
+    WordTable,
+    answer_hash,
+    answer_text_hash,
+    known_words,
+    token_hashes,
+    word_table,
+)
+from jaxrl_llm.data.worlds.geography import CORRECTION, Question, geography_index
 from jaxrl_llm.models.tokenizer import Tokenizer
 from jaxrl_llm.retrieval.bm25 import Bm25Arrays, Bm25Index, device_index, search, top_passages
 from jaxrl_llm.rewards.parse import parse_action
 from jaxrl_llm.rewards.qa import exact_match
 
-CORRECTION = "This turn has neither a search nor an answer. Try again."
 TAGS = ("<search>", "</search>", "<answer>", "</answer>", "<information>", "</information>")
 
 
@@ -52,7 +60,8 @@ class GeographyState:
     searches: Int[Array, ""]  # spent so far
 
 
-def encode_tasks(questions: Sequence[Question], tokenizer: Tokenizer, *, max_prompt: int | None = None) -> GeographyTask:
+def encode_tasks(questions: Sequence[Question], tokenizer: Tokenizer, *,
+                 max_prompt: int | None = None) -> GeographyTask:
     """Questions as a `GeographyTask` with a leading axis: prompts padded to `max_prompt` tokens, or to the longest one.
 
     Raises:
@@ -67,12 +76,12 @@ def encode_tasks(questions: Sequence[Question], tokenizer: Tokenizer, *, max_pro
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     width = int(lengths.max()) if max_prompt is None else max_prompt
     if lengths.max() > width:
-        raise ValueError(f"max_prompt is {max_prompt}, but question {questions[lengths.argmax()].question!r} has "
+        raise ValueError(f"max_prompt is {max_prompt}, but question {questions[int(lengths.argmax())].question!r} has "
                          f"{lengths.max()} tokens; raise max_prompt or leave the question out")
     most = max(len(question.answers) for question in questions)
     mask = np.array([[i < len(question.answers) for i in range(most)] for question in questions])
     answers = np.zeros((len(questions), most, 2), np.uint32)
-    answers[mask] = _answer_hashes(tokenizer, [answer for question in questions for answer in question.answers])
+    answers[mask] = [answer_text_hash(answer) for question in questions for answer in question.answers]
     return GeographyTask(
         prompt_tokens=jnp.array(_padded(prompts, width)), prompt_length=jnp.array(lengths),
         answers=jnp.array(answers), answer_mask=jnp.array(mask),
@@ -84,15 +93,6 @@ def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     for i, row in enumerate(rows):
         out[i, :len(row)] = row
     return out
-
-
-def _answer_hashes(tokenizer: Tokenizer, answers: Sequence[str]) -> np.ndarray:
-    different = list(dict.fromkeys(answers))
-    rows = tokenizer.encode_batch(different)
-    lengths = np.array([len(row) for row in rows])
-    hashes = jax.vmap(partial(answer_hash, token_hashes(tokenizer)))(_padded(rows, max(1, lengths.max())), lengths)
-    by_answer = dict(zip(different, np.asarray(hashes), strict=True))
-    return np.array([by_answer[answer] for answer in answers])
 
 
 @partial(jax.tree_util.register_dataclass,
@@ -146,9 +146,8 @@ class GeographyEnv:
             ids = search(self.index, query, self.num_passages)
             information, size = self._information(ids)
         else:
-            information = jnp.zeros(self.max_observation, jnp.int32).at[:2].set(jnp.array([open_information,
-                                                                                           close_information]))
-            size = jnp.int32(2)
+            empty = jnp.array([open_information, close_information], jnp.int32)
+            information, size = jnp.pad(empty, (0, self.max_observation - 2)), jnp.int32(2)
         correction = jnp.pad(self.correction, (0, self.max_observation - self.correction.shape[0]))
         observation = jnp.where(is_search, information, correction)
         size = jnp.where(over, 0, jnp.where(is_search, size, self.correction.shape[0]))
@@ -169,7 +168,7 @@ class GeographyEnv:
 
 
 def _pair(tokens: Int[Array, "L"], length: Int[Array, ""], opening: int, closing: int) -> tuple[Array, Array, Array]:
-    """Start and stop of what the first `opening` and the first `closing` behind it enclose, and whether both are there."""
+    """Start and stop of what the first `opening` and the first `closing` behind it enclose; whether there are both."""
     position = jnp.arange(tokens.shape[0])
     inside = position < length
     start = jnp.min(jnp.where(inside & (tokens == opening), position, tokens.shape[0]))
@@ -227,7 +226,7 @@ class GeographyHostEnv:
             return spent, "", 0.0, True
         if action != "search":
             return spent, CORRECTION, 0.0, False
-        found = top_passages(self.index, content, self.num_passages) if self.search_enabled else []
+        found: list[int] = top_passages(self.index, content, self.num_passages).tolist() if self.search_enabled else []
         passages = "".join(f" {self.index.passages[i]}" for i in found if i >= 0)
         return spent, f"<information>{passages}</information>", 0.0, False
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 class DeviceEnv(Protocol):
     """An environment in JAX, written for ONE episode; the sampler maps it over its slots with `vmap`, inside `jit`.
 
-    It is a pytree, so that its arrays are arguments of a compiled function and no constants of it. Token arrays have a fixed
-    size and a length; what lies behind the length means nothing. Keep `step` cheap and free of branches.
+    It is a pytree, so that its arrays are arguments of a compiled function and no constants of it. Token arrays have a
+    fixed size and a length; what lies behind the length means nothing. Keep `step` cheap and free of branches.
     """
 
     def reset(self, key: Key[Array, ""], task: PyTree[Array]) -> tuple[PyTree[Array], Int[Array, "M"], Int[Array, ""]]:
@@ -23,8 +23,8 @@ class DeviceEnv(Protocol):
         """Answers a turn of the policy.
 
         Returns:
-          The next state, the observation's tokens and their number, the turn's reward (NaN: cannot be scored), and whether
-          the episode is over.
+          The next state, the observation's tokens and their number, the turn's reward (NaN: cannot be scored), and
+          whether the episode is over.
         """
         ...
 

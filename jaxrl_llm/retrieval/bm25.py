@@ -92,7 +92,7 @@ def top_passages(index: Bm25Index, query: str, k: int = 1) -> Int[np.ndarray, "k
     if not 1 <= k <= len(index.passages):
         raise ValueError(f"k must lie in [1, {len(index.passages)}], the number of passages, got {k}")
     scores = bm25_scores(index, query)
-    best = np.argsort(-scores, kind="stable")[:k] if k > 1 else np.argmax(scores)[None]
+    best = np.argsort(-scores, kind="stable")[:k] if k > 1 else np.array([np.argmax(scores)])  # the usual case is fast
     return np.where(scores[best] > 0, best, -1).astype(np.int32)
 
 
@@ -100,8 +100,7 @@ def top_passages(index: Bm25Index, query: str, k: int = 1) -> Int[np.ndarray, "k
          meta_fields=["num_passages", "window"])
 @dataclasses.dataclass(frozen=True)
 class Bm25Arrays:
-    """The weights of an index as arrays, made by `device_index`: for each term the passages it stands in, one list behind
-    the other."""
+    """The weights of an index as arrays, made by `device_index`: the passages of each term, list behind list."""
 
     starts: Int[Array, "M"]  # where a term's list starts
     counts: Int[Array, "M"]  # its length
@@ -126,9 +125,9 @@ def device_index(index: Bm25Index) -> Bm25Arrays:
 def search(arrays: Bm25Arrays, term_ids: Int[Array, "W"], k: int = 1) -> Int[Array, "k"]:
     """The device form of `top_passages`: ids of the `k` best passages for one query, -1 where fewer than `k` match.
 
-    Costs `W * window` scattered additions and `k` passes over the scores. For the geography world, 64 queries of 8 frequent
-    words under `vmap` took 1.8 ms on two CPU cores; adding up the frequent terms by a matrix product took 1.1 ms, at the
-    price of a dense row for each of them.
+    Costs `W * window` scattered additions and `k` passes over the scores. For the geography world, 64 queries of 8
+    frequent words under `vmap` took 1.8 ms on two CPU cores; adding up the frequent terms by a matrix product took 1.1
+    ms, at the price of a dense row for each of them.
 
     Args:
       term_ids: the query's terms, repetitions counted; -1 for none. Use `vmap` for several queries.

@@ -40,8 +40,8 @@ def normalize_answer(s: str, style: Style = "squad") -> str:
     """The form in which answers are compared: lower case, no punctuation, no articles, single spaces, in this order.
 
     `squad` (Search-R1, FlashRAG, ALCE) deletes the 32 ASCII punctuation marks, `kilt` puts a space in their place;
-    `dpr` first folds Unicode hyphens, quotes and spaces to ASCII, then does as `kilt`. Articles go after punctuation, so
-    `a.` is one; a string of articles only becomes the empty string. Accents stay.
+    `dpr` first folds Unicode hyphens, quotes and spaces to ASCII, then does as `kilt`. Articles go after punctuation,
+    so `a.` is one; a string of articles only becomes the empty string. Accents stay.
 
     Raises:
       ValueError: another style.

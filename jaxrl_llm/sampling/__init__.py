@@ -2,5 +2,6 @@
 
 from jaxrl_llm.sampling.device import rollout
 from jaxrl_llm.sampling.score import rollout_hidden, score_rollout
+from jaxrl_llm.sampling.transcripts import rollout_spans, transcripts, write_transcripts
 
-__all__ = ["rollout", "rollout_hidden", "score_rollout"]
+__all__ = ["rollout", "rollout_hidden", "rollout_spans", "score_rollout", "transcripts", "write_transcripts"]

@@ -42,7 +42,7 @@ def rollout_hidden(
 
     Arguments and errors as in `score_rollout`."""
     tokens = rollout.tokens
-    if not shared_prefix:
+    if not shared_prefix or group_size == 1:
         hidden, _ = model.apply(params, tokens[:, :-1])
         return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))
     batch, length = tokens.shape

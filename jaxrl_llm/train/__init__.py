@@ -25,6 +25,7 @@ from jaxrl_llm.train.state import (
     make_schedule,
     mean_metrics,
 )
+from jaxrl_llm.train.supervised import make_sft_step
 from jaxrl_llm.train.tables import Claim, Table, better, find_metric, run_table, summarize, write_table
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "loop",
     "make_optimizer",
     "make_schedule",
+    "make_sft_step",
     "mean_metrics",
     "optimizer_config",
     "over_seeds",

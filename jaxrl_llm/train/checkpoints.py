@@ -5,7 +5,8 @@ inside, so a process killed at any moment leaves no half checkpoint under a fina
 checkpoint's digest; what a disk or a copy spoilt afterwards is found at restore, and the checkpoint before is used.
 
 Measured on two CPU cores with a 1M-parameter AdamW state (12 MB): the training thread pays 5 ms for a copy, the write
-takes 60 to 90 ms in the background, a restore 25 ms, importing orbax 0.3 s, paid at the first save or restore.
+takes 60 to 90 ms in the background, a restore 25 ms, importing orbax 0.3 s, paid at the first save or restore. A save
+every step therefore costs a short step as much as itself; every 10 to 50 steps it is lost in the noise.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def _to_host(state: PyTree) -> dict[str, np.ndarray]:
 def _digest(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     return {
         name: {
-            "crc32": zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) if array.size else 0,
+            "crc32": zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data) if array.size else 0,
             "dtype": str(array.dtype),
             "shape": list(array.shape),
         }

@@ -68,7 +68,7 @@ def choose_arm(base: Mapping[str, Any], arm: str, arms: Mapping[str, Mapping[str
     """
     if arm not in arms:
         raise ValueError(f"unknown arm {arm!r}; this config has {', '.join(arms)}")
-    config = ConfigDict(base)
+    config = ConfigDict(base).copy_and_resolve_references()  # the groups inside are shared otherwise
     for key, value in arms[arm].items():
         override(config, key, value)
     return config

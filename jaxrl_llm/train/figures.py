@@ -40,33 +40,40 @@ def read_curve(workdirs: Sequence[str | Path], metric: str, stage: str = "train"
 
 def learning_curves(
     runs: Mapping[str, str | Path | Sequence[str | Path]],
-    metric: str,
+    metrics: str | Sequence[str],
     *,
     stage: str = "train",
     title: str | None = None,
-    ylabel: str | None = None,
+    ylabels: Mapping[str, str] | None = None,
     smooth: int = 1,
 ) -> Figure:
-    """A line for each label: the mean over its runs (seeds), in a band from the smallest to the largest.
+    """A panel for each metric, in it a line for each label: the mean over its runs (seeds), in a band from the smallest
+    to the largest.
 
     Args:
       runs: label -> workdir or workdirs.
+      ylabels: names for the axes, where the metric's own will not do.
       smooth: steps of the trailing average (fewer at the start); the axis says so when above 1.
+
+    Raises:
+      ValueError: see `read_curve`.
     """
-    figure, axes = _figure(1, 1)
-    axis = axes[0]
-    for index, (label, workdirs) in enumerate(runs.items()):
-        steps, values = read_curve([workdirs] if isinstance(workdirs, (str, Path)) else workdirs, metric, stage)
-        values = np.stack([_trailing_mean(row, smooth) for row in values])
-        name = label if len(values) == 1 else f"{label} ({len(values)} seeds: mean, min to max)"
-        axis.plot(steps, values.mean(axis=0), color=f"C{index}", label=name, linewidth=1.5)
-        if len(values) > 1:
-            axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=f"C{index}", alpha=0.2, linewidth=0)
-    axis.set_xlabel("step" if smooth == 1 else f"step (mean of the last {smooth})")
-    axis.set_ylabel(ylabel or metric)
-    axis.set_title(title or f"{metric} during {stage}")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    figure, axes = _figure(1, len(metrics))
+    for axis, metric in zip(axes, metrics, strict=True):
+        for index, (label, workdirs) in enumerate(runs.items()):
+            steps, values = read_curve([workdirs] if isinstance(workdirs, (str, Path)) else workdirs, metric, stage)
+            values = np.stack([_trailing_mean(row, smooth) for row in values])
+            name = label if len(values) == 1 else f"{label} ({len(values)} seeds: mean, min to max)"
+            axis.plot(steps, values.mean(axis=0), color=f"C{index}", label=name, linewidth=1.5)
+            if len(values) > 1:
+                ends = values.min(axis=0), values.max(axis=0)
+                axis.fill_between(steps, *ends, color=f"C{index}", alpha=0.2, linewidth=0)
+        axis.set_xlabel("step" if smooth == 1 else f"step (mean of the last {smooth})")
+        axis.set_ylabel((ylabels or {}).get(metric, metric))
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.suptitle(title or f"{', '.join(metrics)} during {stage}")
     return figure
 
 

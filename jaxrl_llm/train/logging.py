@@ -142,7 +142,11 @@ class RunLog:
             from tensorboardX import SummaryWriter
 
             folder = self.workdir / "tensorboard" / name
-            self._writers[name] = SummaryWriter(str(folder), purge_step=self._purge_step)
+            self._writers[name] = SummaryWriter(
+                str(folder),
+                purge_step=self._purge_step,
+                filename_suffix=f".{time.time_ns()}",  # the name has whole seconds, and a second writer would overwrite
+            )
         return self._writers[name]
 
     def last(self, stage: str) -> Metrics | list[Metrics]:

@@ -96,7 +96,8 @@ def loop(
     front, and each seed has its own line in `metrics.jsonl`.
 
     Args:
-      init: `init(seed) -> state`, or `init(seed, previous)` where `previous` is given.
+      init: `init(seed) -> state`, or `init(seed, previous)` where `previous` is given. Parameters that all seeds start
+        from are bound to it: `jax.tree_util.Partial(init, params)`, as `over_seeds` says.
       iteration: `iteration(state) -> (state, metrics)`, or `iteration(state, batch)`; pure. The loop sets `state.step`.
         Metrics are a flat dict of scalars. Like `evaluate`, it may be a `jax.tree_util.Partial`: see `over_seeds`.
       steps: iterations of this stage.

@@ -103,14 +103,13 @@ def init_state(
 ) -> TrainState:
     """The state before the first iteration. `ref_params` is the frozen reference policy, where the algorithm has
     one."""
-    zero = jnp.zeros((), jnp.int32)
     return TrainState(
         params=params,
         opt_state=optimizer.init(params),
-        step=zero,
+        step=jnp.zeros((), jnp.int32),  # each count an array of its own: one buffer cannot be donated twice
         seed=jnp.asarray(seed, jnp.int32),
-        skipped=zero,
-        skipped_in_row=zero,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
         ref_params=ref_params,
     )
 
@@ -164,7 +163,7 @@ def apply_gradients(
 
 
 def _norm(tree: PyTree) -> Float[Array, ""]:
-    return optax.global_norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
+    return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
 
 
 def accumulate_gradients(

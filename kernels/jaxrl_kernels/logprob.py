@@ -26,7 +26,8 @@ def fused_logprob(
     order = None
     if needed is not None:
         order = jnp.argsort(~needed, stable=True)
-        hidden, targets = hidden[order], targets[order]
+        # a row that is not needed may hold anything, NaN included: 0 * NaN would reach the gradient of the head
+        hidden, targets = jnp.where(needed[:, None], hidden, 0)[order], targets[order]
     pad = -num_rows % chunk
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1])
     targets = jnp.pad(targets, (0, pad)).reshape(-1, chunk)

@@ -1,0 +1,1 @@
+"""Worlds: generated tasks with known answers."""

@@ -20,7 +20,7 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ RELATIONS = (*COUNTRY_RELATIONS, "country", "time zone")
 RELATIONS_BY_HOPS = {1: RELATIONS, 2: COUNTRY_RELATIONS, 3: ("time zone",)}
 
 # A relation's phrasings; `{}` is what the fact is asked of.
-PHRASINGS: dict[str, tuple[str, ...]] = {
+PHRASINGS = {
     relation: (f"What is the {relation} of {{}}?", f"Which {relation} does {{}} have?", f"Name the {relation} of {{}}.")
     for relation in (*COUNTRY_RELATIONS, "time zone")
 } | {"country": ("Which country does {} lie in?", "In which country is {}?", "Name the country of {}.")}
@@ -41,7 +41,8 @@ CAPITAL_OF_COUNTRY = ("the capital of {}",)
 
 TEST_BYTES = 63  # first bytes of a hash, of 256, that mean test: 49 of the 246 countries
 
-CITY_PASSAGE = "{name} is a city in {country}, time zone {timezone}."
+# What the environment says to a turn that neither searches nor answers.
+CORRECTION = "No search and no answer. Try again."
 
 
 class Country(NamedTuple):
@@ -100,7 +101,7 @@ def country_passage(country: Country) -> str:
 
 def city_passage(city: City) -> str:
     """The passage of a city."""
-    return CITY_PASSAGE.format(name=city.name, country=city.country, timezone=city.timezone)
+    return f"{city.name} is a city in {city.country}, time zone {city.timezone}."
 
 
 @cache
@@ -193,14 +194,13 @@ def _facts(hops: int) -> tuple[_Fact, ...]:
                 facts.append(_Fact(relation, country.name, getattr(country, relation), (country.name,),
                                    (country_ids[country.name],)))
         for city in cities:
-            path, passages = (city.name,), (city_ids[city.name],)
-            facts.append(_Fact("country", city.country, city.country, path, passages))
-            facts.append(_Fact("time zone", city.country, city.timezone, path, passages))
+            for relation, answer in (("country", city.country), ("time zone", city.timezone)):
+                facts.append(_Fact(relation, city.country, answer, (city.name,), (city_ids[city.name],)))
     elif hops == 2:
         for city in cities:
-            path, passages = (city.name, city.country), (city_ids[city.name], country_ids[city.country])
             for relation in COUNTRY_RELATIONS:
-                facts.append(_Fact(relation, city.country, getattr(by_name[city.country], relation), path, passages))
+                facts.append(_Fact(relation, city.country, getattr(by_name[city.country], relation),
+                                   (city.name, city.country), (city_ids[city.name], country_ids[city.country])))
     elif hops == 3:
         timezones = {(city.name, city.country): city.timezone for city in cities}
         for city in cities:
@@ -234,26 +234,23 @@ def make_questions(split: Literal["train", "test"], hops: int, num: int | None, 
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     rng = np.random.default_rng(seed)
     splits, findable = country_splits(), findable_passages()
-    cells: dict[str, dict[str, list[Question]]] = {}
+    cells: dict[str, dict[str, list[tuple[_Fact, str]]]] = {}
     for fact in _facts(hops):
         if splits[fact.country] == split and findable.issuperset(fact.passages):
             cell = cells.setdefault(fact.relation, {}).setdefault(fact.country, [])
-            cell += [Question(phrasing.format(fact.path[0]), (fact.answer,), hops, fact.relation, fact.path,
-                              fact.passages)
-                     for phrasing in question_phrasings(hops, fact.relation)]
-    relations = [_in_turns([_shuffled(rng, cell) for cell in countries.values()], rng) for countries in cells.values()]
-    questions = [q for turn in zip_longest(*relations) for q in turn if q is not None]
-    available = len(questions)
+            cell += [(fact, phrasing) for phrasing in question_phrasings(hops, fact.relation)]
+    available = sum(len(cell) for countries in cells.values() for cell in countries.values())
     if num is not None and not 0 < num <= available:
         raise ValueError(f"num must lie in [1, {available}], the number of {split} questions of {hops} hops, got {num}")
-    return _shuffled(rng, questions[:num])
+    turns = zip_longest(*(_in_turns(list(countries.values()), rng) for countries in cells.values()))
+    chosen = list(islice((item for turn in turns for item in turn if item is not None), num))
+    return [Question(phrasing.format(fact.path[0]), (fact.answer,), hops, fact.relation, fact.path, fact.passages)
+            for fact, phrasing in (chosen[i] for i in rng.permutation(len(chosen)))]
 
 
-def _shuffled(rng: np.random.Generator, items: list[Question]) -> list[Question]:
-    return [items[i] for i in rng.permutation(len(items))]
-
-
-def _in_turns(cells: list[list[Question]], rng: np.random.Generator) -> Iterator[Question]:
-    """One question of every cell, then a second one, and so on; the order of the cells is drawn anew each time."""
-    for position in range(max(map(len, cells))):
-        yield from _shuffled(rng, [cell[position] for cell in cells if len(cell) > position])
+def _in_turns(cells: list[list[tuple[_Fact, str]]], rng: np.random.Generator) -> Iterator[tuple[_Fact, str]]:
+    """One random item of every cell, then a second one, and so on; the order of the cells is drawn anew each time."""
+    left = [[cell[i] for i in rng.permutation(len(cell))] for cell in cells]
+    while left:
+        yield from (left[i].pop() for i in rng.permutation(len(left)))
+        left = [cell for cell in left if cell]

@@ -1,13 +1,15 @@
 """Words and answers of token sequences inside `jit`, without decoding them.
 
-The words of a text are compared in a normal form (lower case, ASCII punctuation deleted). A polynomial hash of that form can
-be composed from its parts, `H(ab) = H(a) * base^len(b) + H(b)` modulo 2^32, so each token of the vocabulary carries the hash
-and the power of its own text, and the hash of a word comes out the same however the word was cut into tokens. Two bases make
-64 bits.
+The words of a text are compared in a normal form (lower case, ASCII punctuation deleted). A polynomial hash of that
+form can be composed from its parts, `H(ab) = H(a) * base^len(b) + H(b)` modulo 2^32, so each token of the vocabulary
+carries the hash and the power of its own text, and the hash of a word comes out the same however the word was cut into
+tokens. Two bases make 64 bits.
 
-Everything equals what the host computes from the decoded text (`plain_words`, `normalize_answer`), with one exception: a
-token that is a broken piece of a character (a byte of 128 or more) counts as a letter of its own that no text contains. So
-a word that spells such a character byte by byte matches nothing here, while the host would decode it.
+Everything equals what the host computes from the decoded text (`plain_words`, `normalize_answer`), with one exception:
+a token that is a broken piece of a character (a byte of 128 or more) counts as a letter of its own that no text
+contains. So a word that spells such a character byte by byte matches nothing here, while the host decodes it; and where
+such bytes are no valid character, the host's decoder also gives up the ASCII bytes in the same run. Text that the
+tokenizer itself encoded has such bytes only for characters that the world does not have.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -68,15 +70,28 @@ def _characters(text: str, token: int = 0) -> list[int]:
     return codes
 
 
+@cache
+def _character_hash(code: int) -> tuple[int, int]:
+    first, second = _mix(np.array([code, code], np.uint32) + _WORD_BASES).tolist()
+    return first, second
+
+
 def _hash(codes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Hash and power of a sequence of character codes, both uint32[2]."""
-    value, power = np.zeros(2, np.uint32), np.ones(2, np.uint32)
+    values, powers = [0, 0], [1, 1]
     for code in codes:
-        value = value * _BASES + _mix(np.array([code, code], np.uint32) + _WORD_BASES)
-        power = power * _BASES
-    return value, power
+        for i, (base, character) in enumerate(zip(_BASES.tolist(), _character_hash(code), strict=True)):
+            values[i] = (values[i] * base + character) & 0xFFFFFFFF
+            powers[i] = powers[i] * base & 0xFFFFFFFF
+    return np.array(values, np.uint32), np.array(powers, np.uint32)
 
 
+@cache
+def _article_hashes() -> np.ndarray:
+    return np.array([_hash(_characters(word))[0] for word in sorted(ARTICLES)])
+
+
+@cache
 def token_hashes(tokenizer: Tokenizer) -> TokenHashes:
     """The table for a tokenizer whose tokens have white space at their beginning only.
 
@@ -93,7 +108,7 @@ def token_hashes(tokenizer: Tokenizer) -> TokenHashes:
     return TokenHashes(
         values=jnp.array([value for value, _ in parts]), powers=jnp.array([power for _, power in parts]),
         starts_word=jnp.array([text[:1].isspace() for text in texts]),
-        articles=jnp.array([_hash(_characters(word))[0] for word in sorted(ARTICLES)]))
+        articles=jnp.array(_article_hashes()))
 
 
 def word_table(words: Sequence[str]) -> WordTable:
@@ -144,6 +159,17 @@ def answer_hash(table: TokenHashes, tokens: Int[Array, "L"], stop: Int[Array, ""
     powers = np.cumprod(np.tile(_WORD_BASES, (tokens.shape[0], 1)), axis=0, dtype=np.uint32)
     terms = _mix(hashes) * jnp.asarray(powers)[jnp.cumsum(keep) - 1]
     return jnp.sum(jnp.where(keep[:, None], terms, jnp.uint32(0)), axis=0, dtype=jnp.uint32)
+
+
+def answer_text_hash(text: str) -> UInt32[np.ndarray, "2"]:
+    """`answer_hash` of a text, on the host: what a gold answer is compared by."""
+    total, power = np.zeros(2, np.uint32), np.ones(2, np.uint32)
+    for word in text.split():
+        value, _ = _hash(_characters(word))
+        if value.any() and not (value == _article_hashes()).all(axis=-1).any():
+            power = power * _WORD_BASES
+            total = total + _mix(value) * power
+    return total
 
 
 def known_words(table: TokenHashes, words: WordTable, tokens: Int[Array, "L"], start: Int[Array, ""] | int,

@@ -1,0 +1,114 @@
+"""The decoder behind its seam: the cache, packed rows, parameters in and out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.models import DecoderConfig, count_params, load_params, make_decoder, make_scalar_head, save_params
+
+CONFIG = DecoderConfig(vocab_size=50, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=48)
+MODEL = make_decoder(CONFIG)
+BATCH, LENGTH = 3, 12
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, CONFIG.vocab_size)
+
+
+def test_cache_step_by_step_equals_one_pass(params, tokens):
+    whole, none = MODEL.apply(params, tokens)
+    assert none is None
+    cache = MODEL.init_cache(BATCH, LENGTH + 5)
+    # what an earlier sequence left behind must not be seen
+    cache = jax.tree.map(lambda x: x + 7.0, cache)
+    states = []
+    for start, width in ((0, 5), (5, 1), (6, 4), (10, 2)):
+        positions = jnp.broadcast_to(jnp.arange(start, start + width), (BATCH, width))
+        hidden, cache = MODEL.apply(params, tokens[:, start:start + width], positions=positions, cache=cache)
+        states.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(states, 1), whole, atol=2e-5)
+
+
+def test_padding_is_not_written_to_the_cache(params, tokens):
+    cache = MODEL.init_cache(BATCH, LENGTH)
+    _, written = MODEL.apply(params, tokens, positions=jnp.full((BATCH, LENGTH), -1), cache=cache)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(written), strict=True))
+
+
+def test_packed_segments_do_not_leak(params, tokens):
+    """Perturbing one segment leaves the other's states unchanged bit for bit, and they equal those of the segment alone."""
+    segments = jnp.where(jnp.arange(LENGTH) < 5, 0, 1)[None]
+    positions = jnp.concatenate([jnp.arange(5), jnp.arange(LENGTH - 5)])[None]
+    apply = jax.jit(lambda row: MODEL.apply(params, row, positions=positions, segment_ids=segments)[0])
+    packed = apply(tokens[:1])
+    other_first = apply(tokens[:1].at[:, :5].add(1))
+    assert np.array_equal(packed[:, 5:], other_first[:, 5:])
+    other_second = apply(tokens[:1].at[:, 5:].add(-1))
+    assert np.array_equal(packed[:, :5], other_second[:, :5])
+    alone, _ = MODEL.apply(params, tokens[:1, 5:])
+    np.testing.assert_allclose(packed[:, 5:], alone, atol=2e-5)
+
+
+def test_is_causal(params, tokens):
+    before, _ = MODEL.apply(params, tokens)
+    after, _ = MODEL.apply(params, tokens.at[:, 7].add(1))
+    np.testing.assert_allclose(after[:, :7], before[:, :7], atol=1e-6)
+    assert np.all(np.abs(after[:, 7:] - before[:, 7:]).max(-1) > 1e-4)
+
+
+def test_only_relative_positions_matter(params, tokens):
+    near, _ = MODEL.apply(params, tokens)
+    far, _ = MODEL.apply(params, tokens, positions=jnp.broadcast_to(jnp.arange(LENGTH) + 100, tokens.shape))
+    np.testing.assert_allclose(near, far, atol=1e-4)  # angles of 100 radians carry an error of 1e-5
+
+
+def test_untied_head_and_count(params):
+    untied = make_decoder(DecoderConfig(vocab_size=50, width=32, num_heads=4, num_kv_heads=4, ffn_width=48,
+                                        tie_embeddings=False))
+    own = untied.init(jax.random.key(0))
+    assert untied.head(own).shape == (50, 32) and untied.head(own) is not own["embedding"]
+    attention, ffn = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48
+    assert count_params(params) == 50 * 32 + 2 * (attention + ffn + 2 * 32) + 32
+
+
+def test_parameters_round_trip(params, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_params(params, path, metadata={"command": "test"})
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
+    loaded = load_params(path, shapes)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(loaded), strict=True))
+    wider = make_decoder(DecoderConfig(vocab_size=51, width=32, num_heads=4, num_kv_heads=2, ffn_width=48))
+    with pytest.raises(ValueError, match=r"embedding has shape .*50, 32.* wants .*51, 32"):
+        load_params(path, jax.eval_shape(wider.init, jax.random.key(0)))
+    deeper = make_decoder(DecoderConfig(vocab_size=50, width=32, num_layers=3, num_heads=4, num_kv_heads=2, ffn_width=48))
+    with pytest.raises(ValueError, match=r"lacks .*layers\.2"):
+        load_params(path, jax.eval_shape(deeper.init, jax.random.key(0)))
+    with pytest.raises(ValueError, match="do not fit the module"):
+        MODEL.apply({"embedding": params["embedding"]}, jnp.zeros((1, 2), jnp.int32))
+
+
+def test_scalar_head():
+    init, apply = make_scalar_head(8, layers=2)
+    head = init(jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (2, 5, 8))
+    assert apply(head, hidden).shape == (2, 5) and np.all(apply(head, hidden) == 0)
+    grads = jax.grad(lambda p: jnp.sum((apply(p, hidden) - 1) ** 2))(head)
+    assert np.any(grads["out"]["kernel"] != 0)
+    with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
+        make_scalar_head(8, layers=0)
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="num_heads=4 must be a multiple of num_kv_heads=3"):
+        DecoderConfig(50, num_kv_heads=3)
+    with pytest.raises(ValueError, match="width=30 must be a multiple of num_heads=4"):
+        DecoderConfig(50, width=30)
+    with pytest.raises(ValueError, match="head_dim=3 must be even"):
+        DecoderConfig(50, head_dim=3)
