@@ -28,8 +28,19 @@ from jaxrl_llm.types import Decoding, Rollout, TrainState
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"prompts": 8, "group": 8, "prompt-len": 64, "new-tokens": 128, "width": 256, "layers": 4, "heads": 8,
-             "kv-heads": 2, "ffn": 1024, "vocab": 8192, "steps": 5}
+    sizes = {
+        "prompts": 8,
+        "group": 8,
+        "prompt-len": 64,
+        "new-tokens": 128,
+        "width": 256,
+        "layers": 4,
+        "heads": 8,
+        "kv-heads": 2,
+        "ffn": 1024,
+        "vocab": 8192,
+        "steps": 5,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--micro-batch", type=int, default=16, help="sequences whose activations exist at a time")
@@ -41,18 +52,39 @@ def main() -> None:
     args = parse_args()
     decoding = Decoding()
     batch = args.prompts * args.group
-    model = make_decoder(DecoderConfig(args.vocab, width=args.width, num_layers=args.layers, num_heads=args.heads,
-                                       num_kv_heads=args.kv_heads, ffn_width=args.ffn))
+    model = make_decoder(
+        DecoderConfig(
+            args.vocab,
+            width=args.width,
+            num_layers=args.layers,
+            num_heads=args.heads,
+            num_kv_heads=args.kv_heads,
+            ffn_width=args.ffn,
+        )
+    )
     optimizer = train.make_optimizer({"learning_rate": 1e-5, "max_grad_norm": 1.0})
     state = train.init_state(jax.jit(model.init)(jax.random.key(0)), optimizer, seed=0)
     env = SingleTurnEnv(lambda task, tokens, length: jnp.mean(tokens % 2, dtype=jnp.float32))
-    tasks = {"prompt_tokens": jax.random.randint(jax.random.key(1), (args.prompts, args.prompt_len), 0, args.vocab),
-             "prompt_length": jnp.full(args.prompts, args.prompt_len)}
+    tasks = {
+        "prompt_tokens": jax.random.randint(jax.random.key(1), (args.prompts, args.prompt_len), 0, args.vocab),
+        "prompt_length": jnp.full(args.prompts, args.prompt_len),
+    }
 
     @jax.jit
     def generate(params, key) -> Rollout:
-        return rollout(model, params, env, tasks, key, max_length=args.prompt_len + args.new_tokens, max_turns=1,
-                       max_turn_tokens=args.new_tokens, group_size=args.group, num_slots=batch, decoding=decoding)
+        return rollout(
+            model,
+            params,
+            env,
+            tasks,
+            key,
+            max_length=args.prompt_len + args.new_tokens,
+            max_turns=1,
+            max_turn_tokens=args.new_tokens,
+            group_size=args.group,
+            num_slots=batch,
+            decoding=decoding,
+        )
 
     @jax.jit
     def update(state: TrainState, sampled: Rollout):
@@ -61,18 +93,23 @@ def main() -> None:
 
         def loss_fn(params, micro):
             sampled, advantages = micro
-            logprobs, _ = score_rollout(model, params, sampled, decoding=decoding, group_size=args.group,
-                                        shared_prefix=args.prompt_len - 1)
+            logprobs, _ = score_rollout(
+                model, params, sampled, decoding=decoding, group_size=args.group, shared_prefix=args.prompt_len - 1
+            )
             return ops.ppo_clip_loss(logprobs, sampled.logprobs, advantages, sampled.mask, denominator=num_tokens)
 
-        loss, grads, metrics = train.accumulate_gradients(loss_fn, state.params, (sampled, advantages), batch // micro_batch)
+        loss, grads, metrics = train.accumulate_gradients(
+            loss_fn, state.params, (sampled, advantages), batch // micro_batch
+        )
         state, norms = train.apply_gradients(state, grads, optimizer, loss)
         return dataclasses.replace(state, step=state.step + 1), metrics | norms
 
     # whole groups to a micro-batch, so that a group's prompt is computed once
     micro_batch = max(args.group, min(args.micro_batch, batch) // args.group * args.group)
     if batch % micro_batch:
-        raise SystemExit(f"--micro-batch {args.micro_batch}: the batch of {batch} does not divide into slices of {micro_batch}")
+        raise SystemExit(
+            f"--micro-batch {args.micro_batch}: the batch of {batch} does not divide into slices of {micro_batch}"
+        )
     times = []
     for step in range(args.steps + 1):
         start = time.perf_counter()
@@ -84,13 +121,19 @@ def main() -> None:
     assert generated == batch * args.new_tokens, f"{generated} tokens were generated, not {batch * args.new_tokens}"
     generate_s, update_s = (statistics.median(column) for column in zip(*times[1:], strict=True))
     step_s = statistics.median(sum(row) for row in times[1:])
-    figures = {"generate_s": round(generate_s, 3), "update_s": round(update_s, 3), "step_s": round(step_s, 3),
-               "tokens_per_s": round(generated / step_s, 1)}
+    figures = {
+        "generate_s": round(generate_s, 3),
+        "update_s": round(update_s, 3),
+        "step_s": round(step_s, 3),
+        "tokens_per_s": round(generated / step_s, 1),
+    }
     if args.json:
         print(json.dumps(figures))
     else:
-        print(f"generate {generate_s:.2f} s   update {update_s:.2f} s   step {step_s:.2f} s   "
-              f"{figures['tokens_per_s']:.0f} generated tokens/s   ({jax.devices()[0].platform}, {batch} sequences)")
+        print(
+            f"generate {generate_s:.2f} s   update {update_s:.2f} s   step {step_s:.2f} s   "
+            f"{figures['tokens_per_s']:.0f} generated tokens/s   ({jax.devices()[0].platform}, {batch} sequences)"
+        )
 
 
 if __name__ == "__main__":

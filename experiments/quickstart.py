@@ -29,7 +29,11 @@ def success_table(summary: dict[str, Any]) -> Table:
     hops = summary["trained"]["success"]
     for count in hops:
         table.add_column(f"{count} hop" + "s" * (count != "1"), justify="right")
-    for label, name in (("warm start", "warm_start"), ("trained", "trained"), ("trained, search switched off", "no_search")):
+    for label, name in (
+        ("warm start", "warm_start"),
+        ("trained", "trained"),
+        ("trained, search switched off", "no_search"),
+    ):
         table.add_row(label, *(f"{summary[name]['success'][count]:.2f}" for count in hops))
     return table
 
@@ -37,7 +41,11 @@ def success_table(summary: dict[str, Any]) -> Table:
 def choose_rollouts(path: Path) -> list[dict[str, Any]]:
     """Two hops answered, one hop answered, and one that failed (or another success, if none did)."""
     rollouts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    wanted = [lambda r: r["reward"] and r["hops"] == 2, lambda r: r["reward"] and r["hops"] == 1, lambda r: not r["reward"]]
+    wanted = [
+        lambda r: r["reward"] and r["hops"] == 2,
+        lambda r: r["reward"] and r["hops"] == 1,
+        lambda r: not r["reward"],
+    ]
     chosen: list[dict[str, Any]] = []
     for test in wanted:
         rest = [r for r in rollouts if r not in chosen]
@@ -56,7 +64,9 @@ def rollout_text(rollout: dict[str, Any]) -> Text:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.quickstart", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.quickstart", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--workdir", default="out/quickstart", help="a run that is there goes on")
     parser.add_argument("--from-scratch", action="store_true", help="train the warm start too (about 15 minutes more)")
     options = parser.parse_args(arguments)
@@ -72,8 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print("Three held-out episodes. Green is what the policy wrote, blue what the search returned.\n")
     for rollout in choose_rollouts(workdir / "rollouts.jsonl"):
         console.print(rollout_text(rollout))
-    console.print(f"{summary['minutes']} minutes. Learning curve: {options.workdir}/figures/learning_curve.png, "
-                  f"every step: {options.workdir}/metrics.jsonl, all episodes: {options.workdir}/rollouts.jsonl", soft_wrap=True)
+    console.print(
+        f"{summary['minutes']} minutes. Learning curve: {options.workdir}/figures/learning_curve.png, "
+        f"every step: {options.workdir}/metrics.jsonl, all episodes: {options.workdir}/rollouts.jsonl",
+        soft_wrap=True,
+    )
     return 0
 
 

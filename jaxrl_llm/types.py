@@ -36,7 +36,9 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}; for the largest logit set greedy=True")
+            raise ValueError(
+                f"temperature must be positive, got {self.temperature}; for the largest logit set greedy=True"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -50,9 +52,24 @@ class Decoding:
         return self.top_k is not None or self.top_p < 1 or self.min_p > 0
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[
-    "tokens", "lengths", "prompt_lengths", "mask", "logprobs", "turn_ids", "group_ids",
-    "rewards", "scorable", "turn_rewards", "turn_mask", "truncated"], meta_fields=["decoding"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "tokens",
+        "lengths",
+        "prompt_lengths",
+        "mask",
+        "logprobs",
+        "turn_ids",
+        "group_ids",
+        "rewards",
+        "scorable",
+        "turn_rewards",
+        "turn_mask",
+        "truncated",
+    ],
+    meta_fields=["decoding"],
+)
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """Finished sequences, as the sampler made them. Everything about a token is decided there and never derived again."""
@@ -72,8 +89,11 @@ class Rollout:
     decoding: Decoding = Decoding()
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[
-    "rollout", "mask", "old_logprobs", "ref_logprobs", "advantages", "returns", "old_values"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rollout", "mask", "old_logprobs", "ref_logprobs", "advantages", "returns", "old_values"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What a policy update reads: rollouts and what was computed from them once. All of it is constant in the update."""
@@ -82,13 +102,16 @@ class Batch:
     mask: Bool[Array, "B T"]  # tokens that the loss touches; the rollout's mask unless an ablation says otherwise
     old_logprobs: Float[Array, "B T"]  # under the policy that sampled
     advantages: Float[Array, "B T"]
-    ref_logprobs: Float[Array, "B T"] | None = None
+    ref_logprobs: Float[Array, "B T"] | None = None  # under the reference, where there is one
     returns: Float[Array, "B T"] | None = None  # targets of a critic
     old_values: Float[Array, "B T"] | None = None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[
-    "params", "opt_state", "step", "seed", "skipped", "skipped_in_row", "ref_params"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "opt_state", "step", "seed", "skipped", "skipped_in_row", "ref_params"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that a training loop needs to go on: a checkpoint of it resumes bit for bit."""

@@ -15,7 +15,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # No deadline, as the first example compiles; the same examples on every run, so that a failure can be looked at again.
 hypothesis.settings.register_profile(
-    "house", deadline=None, max_examples=25, derandomize=True, database=None,
+    "house",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("house")

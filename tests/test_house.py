@@ -169,8 +169,11 @@ def test_every_package_folder_has_an_init() -> None:
 def test_every_page_has_a_config() -> None:
     pages = [path for path in python_files("experiments") if len(path.relative_to(ROOT).parts) == 3]
     pages = [path for path in pages if path.name != "__init__.py"]
-    missing = [str(page.relative_to(ROOT)) for page in pages
-               if not (ROOT / "configs" / page.relative_to(ROOT / "experiments")).exists()]
+    missing = [
+        str(page.relative_to(ROOT))
+        for page in pages
+        if not (ROOT / "configs" / page.relative_to(ROOT / "experiments")).exists()
+    ]
     assert not missing, f"pages without a file of the same name under configs/: {missing}"
 
 
@@ -197,8 +200,11 @@ def test_public_code_is_documented_and_annotated() -> None:
                 wrong.append(f"{path.relative_to(ROOT)}: {name} has no docstring")
             if isinstance(node, ast.FunctionDef):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                bare = [argument.arg for argument in arguments
-                        if argument.annotation is None and argument.arg not in ("self", "cls")]
+                bare = [
+                    argument.arg
+                    for argument in arguments
+                    if argument.annotation is None and argument.arg not in ("self", "cls")
+                ]
                 if bare or node.returns is None:
                     missing = ", ".join(bare) or "its result"
                     wrong.append(f"{path.relative_to(ROOT)}: {name} does not annotate {missing}")
@@ -206,8 +212,11 @@ def test_public_code_is_documented_and_annotated() -> None:
 
 
 def test_files_are_short() -> None:
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines())
-               for path in text_files() if path.suffix in (".py", ".md", ".toml") or path.name == "Makefile"}
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines())
+        for path in text_files()
+        if path.suffix in (".py", ".md", ".toml") or path.name == "Makefile"
+    }
     assert not {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length > 400}
 
 
@@ -262,11 +271,28 @@ def test_wheel_has_the_packages_and_their_data(tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source / name)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-         "--wheel-dir", str(tmp_path), str(source)], check=True)
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--wheel-dir",
+            str(tmp_path),
+            str(source),
+        ],
+        check=True,
+    )
     (wheel,) = tmp_path.glob("jaxrl_llm-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {str(path.relative_to(top)) for top in (source, source / "kernels") for path in top.rglob("*")
-                if path.is_file() and path.relative_to(top).parts[0] in ("jaxrl_llm", "jaxrl_kernels")}
+    expected = {
+        str(path.relative_to(top))
+        for top in (source, source / "kernels")
+        for path in top.rglob("*")
+        if path.is_file() and path.relative_to(top).parts[0] in ("jaxrl_llm", "jaxrl_kernels")
+    }
     assert expected <= names, f"left out of the wheel: {sorted(expected - names)}"
     assert not {name.split("/")[0] for name in names} & {"experiments", "configs", "tests", "benchmarks", "kernels"}

@@ -14,13 +14,21 @@ def get_config(arm: str = "small") -> ConfigDict:
         "hops": (1, 2),
         "train_questions": 4000,  # per number of hops
         "test_questions": 256,
-        "max_prompt": 32,  # tokens
-        "min_prompt": 5,
+        "max_prompt": 40,  # tokens
+        "min_prompt": 6,
         "search": True,  # False: every search comes back empty
         "max_searches": 3,
         "num_passages": 1,
         # the policy
-        "model": {"width": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 512},
+        "model": {
+            "width": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 64,
+            "ffn_width": 512,
+            "rope_theta": 100.0,
+        },
         "decoding": {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0},
         "max_length": 112,
         "max_turn_tokens": 24,
@@ -51,8 +59,9 @@ def get_config(arm: str = "small") -> ConfigDict:
             "max_searches": 3,
             "early_answer": 0.3,  # the demonstrator's noise
             "wrong_query": 0.15,
-            "optimizer": train.optimizer_config(3e-3, schedule="cosine", warmup_updates=50, final_fraction=0.05, b2=0.98,
-                                                weight_decay=0.01),
+            "optimizer": train.optimizer_config(
+                3e-3, schedule="cosine", warmup_updates=50, final_fraction=0.05, b2=0.98, weight_decay=0.01
+            ),
         },
         # the run
         "evaluate_every": 25,
@@ -62,15 +71,40 @@ def get_config(arm: str = "small") -> ConfigDict:
     }
     arms: dict[str, dict] = {
         "small": {},
-        "tiny": {"steps": 3, "prompts": 4, "group_size": 4, "train_questions": 64, "test_questions": 8, "max_length": 96,
-                 "num_slots": 16, "evaluate_every": 2, "checkpoint_every": 2},
+        "tiny": {
+            "steps": 3,
+            "prompts": 4,
+            "group_size": 4,
+            "train_questions": 64,
+            "test_questions": 8,
+            "max_length": 96,
+            "num_slots": 16,
+            "evaluate_every": 2,
+            "checkpoint_every": 2,
+        },
         "paper": {
             # Qwen2.5-3B, 512 prompts of 5 rollouts, mini-batches of 256, at most 4 searches of 3 passages
-            "model.width": 2048, "model.num_layers": 36, "model.num_heads": 16, "model.num_kv_heads": 2, "model.ffn_width": 11008,
-            "max_length": 4096, "max_turn_tokens": 500, "max_searches": 4, "num_passages": 3, "num_slots": 512, "window": 16,
-            "steps": 1005, "prompts": 512, "group_size": 5, "mini_batches": 2, "micro_batches": 64,
-            "optimizer.learning_rate": 1e-6, "optimizer.warmup_updates": 573, "critic_optimizer.learning_rate": 1e-5,
-            "critic_optimizer.warmup_updates": 30, "warm_start.from_scratch": True,
+            "model.width": 2048,
+            "model.num_layers": 36,
+            "model.num_heads": 16,
+            "model.num_kv_heads": 2,
+            "model.ffn_width": 11008,
+            "max_length": 4096,
+            "max_turn_tokens": 500,
+            "max_searches": 4,
+            "num_passages": 3,
+            "num_slots": 512,
+            "window": 16,
+            "steps": 1005,
+            "prompts": 512,
+            "group_size": 5,
+            "mini_batches": 2,
+            "micro_batches": 64,
+            "optimizer.learning_rate": 1e-6,
+            "optimizer.warmup_updates": 573,
+            "critic_optimizer.learning_rate": 1e-5,
+            "critic_optimizer.warmup_updates": 30,
+            "warm_start.from_scratch": True,
         },
     }
     return train.choose_arm(ConfigDict(base), arm, arms)

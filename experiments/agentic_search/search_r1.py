@@ -26,6 +26,7 @@ names, and leave it to reinforcement to learn what to ask and when to answer.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from functools import partial
 from pathlib import Path
@@ -74,11 +75,17 @@ class Agent(NamedTuple):
 
 def make_world(config: ConfigDict) -> World:
     tokenizer = geography_tokenizer()
-    questions = {split: [q for hops in config.hops for q in make_questions(split, hops, num, seed=0)]
-                 for split, num in (("train", config.train_questions), ("test", config.test_questions))}
-    make_env = partial(make_geography_env, tokenizer, max_searches=config.max_searches, num_passages=config.num_passages)
-    return World(make_env(search_enabled=config.search), make_env(search_enabled=False),
-                 *(encode_tasks(questions[split], tokenizer, max_prompt=config.max_prompt) for split in ("train", "test")))
+    train_questions = [q for hops in config.hops for q in make_questions("train", hops, config.train_questions)]
+    test_questions = [q for hops in config.hops for q in make_questions("test", hops, config.test_questions)]
+    make_env = partial(
+        make_geography_env, tokenizer, max_searches=config.max_searches, num_passages=config.num_passages
+    )
+    return World(
+        make_env(search_enabled=config.search),
+        make_env(search_enabled=False),
+        encode_tasks(train_questions, tokenizer, max_prompt=config.max_prompt),
+        encode_tasks(test_questions, tokenizer, max_prompt=config.max_prompt),
+    )
 
 
 def make_agent(config: ConfigDict) -> Agent:
@@ -86,42 +93,83 @@ def make_agent(config: ConfigDict) -> Agent:
     return Agent(model, *make_scalar_head(config.model.width))
 
 
-def shared_prompt(config: ConfigDict) -> dict[str, int]:
+def shared_prompt(config: ConfigDict) -> dict[str, Any]:
     """The group's common prefix that is computed once: shorter than any prompt."""
     return {"group_size": config.group_size, "shared_prefix": config.min_prompt - 1}
 
 
-def play(config: ConfigDict, model: Model, params: Params, env: GeographyEnv, tasks: GeographyTask, key: jax.Array,
-         group_size: int) -> Rollout:
+def play(
+    config: ConfigDict,
+    model: Model,
+    params: Params,
+    env: GeographyEnv,
+    tasks: GeographyTask,
+    key: jax.Array,
+    group_size: int,
+) -> Rollout:
     special = geography_tokenizer().special_ids
     return rollout(
-        model, params, env, tasks, key, max_length=config.max_length, max_turns=config.max_searches + 1,
-        max_turn_tokens=config.max_turn_tokens, stop_sequences=[[special["</search>"]], [special["</answer>"]]],
-        decoding=Decoding(**config.decoding), group_size=group_size, num_slots=config.num_slots, window=config.window)
+        model,
+        params,
+        env,
+        tasks,
+        key,
+        max_length=config.max_length,
+        max_turns=config.max_searches + 1,
+        max_turn_tokens=config.max_turn_tokens,
+        stop_sequences=[[special["</search>"]], [special["</answer>"]]],
+        decoding=Decoding(**config.decoding),
+        group_size=group_size,
+        num_slots=config.num_slots,
+        window=config.window,
+    )
 
 
 def make_train_step(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation):
     """`step(state, batch) -> (state, metrics)`: one update on one mini-batch."""
 
     def loss_fn(params: Params, batch: Batch, denominator: jax.Array) -> tuple[jax.Array, Metrics]:
-        logprobs, entropy = score_rollout(agent.policy, params["policy"], batch.rollout, mask=batch.mask,
-                                          decoding=Decoding(**config.decoding), **shared_prompt(config))
-        loss, metrics = ops.ppo_clip_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, agg=config.agg,
-                                          clip_low=config.clip_low, clip_high=config.clip_high, denominator=denominator)
+        logprobs, entropy = score_rollout(
+            agent.policy,
+            params["policy"],
+            batch.rollout,
+            mask=batch.mask,
+            decoding=Decoding(**config.decoding),
+            **shared_prompt(config),
+        )
+        loss, metrics = ops.ppo_clip_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.mask,
+            agg=config.agg,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            denominator=denominator,
+        )
+        assert batch.ref_logprobs is not None  # make_batch puts it there
         kl = ops.kl_estimate(logprobs, batch.ref_logprobs, kind="k3", mask=batch.mask)
         if config.algorithm == "grpo":
             loss += config.kl_coefficient * ops.reduce_loss(kl, batch.mask, agg=config.agg, denominator=denominator)
         if config.algorithm == "ppo":
-            error, value_metrics = ops.value_loss(agent.values(params, batch.rollout, config), batch.old_values, batch.returns,
-                                                  batch.mask, clip=config.value_clip, denominator=denominator)
+            assert batch.returns is not None
+            error, value_metrics = ops.value_loss(
+                agent.values(params, batch.rollout, config),
+                batch.old_values,
+                batch.returns,
+                batch.mask,
+                clip=config.value_clip,
+                denominator=denominator,
+            )
             loss, metrics = loss + error, metrics | value_metrics
         own = batch.rollout.mask & batch.mask
         return loss, metrics | {"kl": ops.masked_mean(kl, own), "entropy": ops.masked_mean(entropy, own)}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         denominator = ops.loss_denominator(batch.mask, agg=config.agg)
-        loss, grads, metrics = train.accumulate_gradients(partial(loss_fn, denominator=denominator), state.params, batch,
-                                                          config.micro_batches)
+        loss, grads, metrics = train.accumulate_gradients(
+            partial(loss_fn, denominator=denominator), state.params, batch, config.micro_batches
+        )
         state, norms = train.apply_gradients(state, grads, optimizer, loss)
         return state, {"loss": loss, **metrics, **norms}
 
@@ -130,28 +178,40 @@ def make_train_step(config: ConfigDict, agent: Agent, optimizer: optax.GradientT
 
 def make_batch(config: ConfigDict, agent: Agent, state: TrainState, sampled: Rollout) -> Batch:
     """Advantages and what else an update reads; computed once, before the first mini-batch."""
-    score = partial(score_rollout, agent.policy, rollout=sampled, decoding=sampled.decoding, **shared_prompt(config))
+
+    def score(params: Params, mask: jax.Array) -> jax.Array:
+        return score_rollout(
+            agent.policy, params, sampled, decoding=sampled.decoding, mask=mask, **shared_prompt(config)
+        )[0]
+
     mask, old_logprobs = sampled.mask & sampled.scorable[:, None], sampled.logprobs
     if not config.mask_observations:  # the ablation: retrieved tokens are trained on like the policy's own
         steps = jnp.arange(sampled.tokens.shape[1])
-        mask = (steps >= sampled.prompt_lengths[:, None]) & (steps < sampled.lengths[:, None]) & sampled.scorable[:, None]
-        old_logprobs, _ = score(state.params["policy"], mask=mask)
-    ref_logprobs, _ = score(state.ref_params, mask=mask)
+        mask = (
+            (steps >= sampled.prompt_lengths[:, None]) & (steps < sampled.lengths[:, None]) & sampled.scorable[:, None]
+        )
+        old_logprobs = score(state.params["policy"], mask)
+    ref_logprobs = score(state.ref_params, mask)
     if config.algorithm == "grpo":
         advantages = ops.grpo_advantages(sampled.rewards, sampled.group_ids, mask, valid=sampled.scorable)
         return Batch(sampled, mask, old_logprobs, advantages, ref_logprobs)
     token_rewards = ops.kl_shaped_rewards(sampled.rewards, old_logprobs, ref_logprobs, mask, beta=config.kl_coefficient)
     values = agent.values(state.params, sampled, config)
     advantages = ops.gae_advantages(token_rewards, values, mask, gamma=1.0, lam=1.0)
-    return Batch(sampled, mask, old_logprobs, ops.masked_whiten(advantages, mask), ref_logprobs, advantages + values, values)
+    return Batch(
+        sampled, mask, old_logprobs, ops.masked_whiten(advantages, mask), ref_logprobs, advantages + values, values
+    )
 
 
 def describe_rollout(sampled: Rollout, hops: jax.Array, config: ConfigDict) -> Metrics:
     """Success in all and by number of hops, and how the episodes went."""
     by_hops = {f"success/{n}": ops.masked_mean(sampled.rewards, sampled.scorable & (hops == n)) for n in config.hops}
-    return {"success": ops.masked_mean(sampled.rewards, sampled.scorable), **by_hops,
-            "turns": jnp.mean(jnp.sum(sampled.turn_mask, axis=1, dtype=jnp.float32)),
-            "truncated": jnp.mean(sampled.truncated, dtype=jnp.float32)}
+    return {
+        "success": ops.masked_mean(sampled.rewards, sampled.scorable),
+        **by_hops,
+        "turns": jnp.mean(jnp.sum(sampled.turn_mask, axis=1, dtype=jnp.float32)),
+        "truncated": jnp.mean(sampled.truncated, dtype=jnp.float32),
+    }
 
 
 def make_iteration(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation):
@@ -170,12 +230,15 @@ def make_iteration(config: ConfigDict, agent: Agent, optimizer: optax.GradientTr
         state, updates = jax.lax.scan(train_step, state, mini_batches)
         hops = jnp.repeat(tasks.hops, config.group_size)
         informative = ops.dynamic_sampling_mask(sampled.rewards, sampled.group_ids, sampled.scorable)
-        return state, {
-            **train.mean_metrics(updates), **describe_rollout(sampled, hops, config), "reward": jnp.mean(sampled.rewards),
+        return dataclasses.replace(state, step=state.step + 1), {
+            **train.mean_metrics(updates),
+            **describe_rollout(sampled, hops, config),
+            "reward": jnp.mean(sampled.rewards),
             # before the first update the ratio is 1 but for rounding: sampler and trainer are the same model
             "sampler_mismatch": jnp.maximum(updates["ratio_max"][0] - 1, 1 - updates["ratio_min"][0]),
             "informative_groups": jnp.mean(informative, dtype=jnp.float32),
-            "tokens": jnp.sum(sampled.lengths)}
+            "tokens": jnp.sum(sampled.lengths),
+        }
 
     return iteration
 
@@ -185,8 +248,10 @@ def make_evaluation(config: ConfigDict, agent: Agent):
 
     def evaluate(env: GeographyEnv, tasks: GeographyTask, policy: Params, ref: Params) -> tuple[Metrics, Rollout]:
         sampled = play(config, agent.policy, policy, env, tasks, jax.random.key(1), 1)
-        score = partial(score_rollout, agent.policy, rollout=sampled, decoding=sampled.decoding)
-        kl = ops.kl_estimate(score(policy)[0], score(ref)[0], kind="k3", mask=sampled.mask)
+        own, reference = (
+            score_rollout(agent.policy, params, sampled, decoding=sampled.decoding)[0] for params in (policy, ref)
+        )
+        kl = ops.kl_estimate(own, reference, kind="k3", mask=sampled.mask)
         return describe_rollout(sampled, tasks.hops, config) | {"kl": ops.masked_mean(kl, sampled.mask)}, sampled
 
     return evaluate
@@ -195,20 +260,38 @@ def make_evaluation(config: ConfigDict, agent: Agent):
 def warm_start(config: ConfigDict, model: Model, log: train.RunLog) -> Params:
     """The policy to start from: trained here on demonstrations, or the weights that came of doing so."""
     warm = config.warm_start
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
     if not warm.from_scratch:
-        return load_params(warm.weights or WEIGHTS, jax.eval_shape(model.init, jax.random.key(0)))
+        return load_params(warm.weights or WEIGHTS, shapes)
     optimizer = train.make_optimizer(warm.optimizer, total_updates=warm.steps)
 
     def batch(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((warm.seed, step))
-        shown = demonstrations(rng, warm.rows * 4, geography_tokenizer(), warm.row_length, hops=tuple(config.hops),
-                               max_searches=warm.max_searches, early_answer=warm.early_answer, wrong_query=warm.wrong_query)
-        return pack_sequences(shown["tokens"], shown["mask"], shown["lengths"], num_rows=warm.rows, row_length=warm.row_length)
+        shown = demonstrations(
+            rng,
+            warm.rows * 4,
+            geography_tokenizer(),
+            warm.row_length,
+            hops=tuple(config.hops),
+            max_searches=warm.max_searches,
+            early_answer=warm.early_answer,
+            wrong_query=warm.wrong_query,
+        )
+        return pack_sequences(
+            shown["tokens"], shown["mask"], shown["lengths"], num_rows=warm.rows, row_length=warm.row_length
+        )
 
-    state = train.loop(lambda seed: train.init_state(model.init(jax.random.key(warm.seed)), optimizer, seed),
-                       train.make_sft_step(model, optimizer), steps=warm.steps, log=log, stage="warm_start", batch=batch)
-    save_params(state.params, log.workdir / "warm_start.safetensors")
-    return state.params
+    state = train.loop(
+        lambda seed: train.init_state(model.init(jax.random.key(warm.seed)), optimizer, seed),
+        train.make_sft_step(model, optimizer),
+        steps=warm.steps,
+        log=log,
+        stage="warm_start",
+        batch=batch,
+    )
+    file = log.workdir / "warm_start.safetensors"
+    save_params(state.params, file, dtype=jnp.bfloat16)
+    return load_params(file, shapes)  # rounded, as whoever starts from the file has them
 
 
 def make_optimizers(config: ConfigDict) -> optax.GradientTransformation:
@@ -225,23 +308,37 @@ def summarize(config: ConfigDict, world: World, evaluate: Any, state: TrainState
 
     def final(world: World, state: TrainState):
         trained = state.params["policy"]
-        play_all = {"warm_start": (world.env, state.ref_params), "trained": (world.env, trained),
-                    "no_search": (world.blind_env, trained)}
-        return {name: evaluate(env, world.test_tasks, params, state.ref_params) for name, (env, params) in play_all.items()}
+        play_all = {
+            "warm_start": (world.env, state.ref_params),
+            "trained": (world.env, trained),
+            "no_search": (world.blind_env, trained),
+        }
+        return {
+            name: evaluate(env, world.test_tasks, params, state.ref_params) for name, (env, params) in play_all.items()
+        }
 
     results = train.over_seeds(jax.tree_util.Partial(final, world), config.seed)(state)
     hops = np.asarray(world.test_tasks.hops)
     summary: dict[str, Any] = {}
     for name, (metrics, sampled) in jax.device_get(results).items():
-        summary[name] = {"success": {str(n): metrics[f"success/{n}"] for n in config.hops}, "kl": metrics["kl"],
-                         "turns": metrics["turns"], "truncated": metrics["truncated"]}
+        summary[name] = {
+            "success": {str(n): metrics[f"success/{n}"] for n in config.hops},
+            "kl": metrics["kl"],
+            "turns": metrics["turns"],
+            "truncated": metrics["truncated"],
+        }
         for n in config.hops:
             log.outcomes(f"{name}.success.{n}", sampled.rewards[..., hops == n])
     log.summary(summary | {"minutes": round((time.perf_counter() - log.opened) / 60, 2)})
     if isinstance(config.seed, int):
         write_transcripts(log.workdir / "rollouts.jsonl", results["trained"][1], geography_tokenizer(), hops=hops)
-        log.figure("learning_curve", train.learning_curves({config.algorithm: [log.workdir]}, [
-            "reward", *(f"eval/success/{n}" for n in config.hops), "entropy", "kl"]))
+        log.figure(
+            "learning_curve",
+            train.learning_curves(
+                {config.algorithm: [log.workdir]},
+                ["reward", *(f"eval/success/{n}" for n in config.hops), "entropy", "kl"],
+            ),
+        )
 
 
 def check_config(config: ConfigDict) -> None:
@@ -249,16 +346,24 @@ def check_config(config: ConfigDict) -> None:
     if config.algorithm not in ("grpo", "ppo"):
         raise ValueError(f"algorithm must be 'grpo' or 'ppo', got {config.algorithm!r}")
     if config.algorithm == "grpo" and config.group_size < 2:
-        raise ValueError(f"group_size={config.group_size} with algorithm='grpo': the baseline is the mean of a prompt's group, "
-                         "which needs at least 2 rollouts; raise group_size, or use algorithm='ppo'")
+        raise ValueError(
+            f"group_size={config.group_size} with algorithm='grpo': the baseline is the mean of a prompt's group, "
+            "which needs at least 2 rollouts; raise group_size, or use algorithm='ppo'"
+        )
     if config.prompts % config.mini_batches:
-        raise ValueError(f"mini_batches={config.mini_batches} must divide prompts={config.prompts}: a group stays together")
+        raise ValueError(
+            f"mini_batches={config.mini_batches} must divide prompts={config.prompts}: a group stays together"
+        )
     if config.prompts // config.mini_batches % config.micro_batches:
-        raise ValueError(f"micro_batches={config.micro_batches} must divide the {config.prompts // config.mini_batches} prompts "
-                         "of a mini-batch: a group stays together")
+        raise ValueError(
+            f"micro_batches={config.micro_batches} must divide the {config.prompts // config.mini_batches} prompts "
+            "of a mini-batch: a group stays together"
+        )
     if config.warm_start.from_scratch and not isinstance(config.seed, int):
-        raise ValueError("warm_start.from_scratch trains one warm start, which all seeds share: run it once with one seed and "
-                         "pass its file as warm_start.weights")
+        raise ValueError(
+            "warm_start.from_scratch trains one warm start, which all seeds share: run it once with one seed and "
+            "pass its file as warm_start.weights"
+        )
 
 
 def run(config: ConfigDict, log: train.RunLog) -> None:
@@ -267,7 +372,7 @@ def run(config: ConfigDict, log: train.RunLog) -> None:
     reference = warm_start(config, agent.policy, log)
     optimizer, evaluate = make_optimizers(config), make_evaluation(config, agent)
 
-    def init(seed: jax.Array) -> TrainState:
+    def init(reference: Params, seed: jax.Array) -> TrainState:
         params = {"policy": reference}
         if config.algorithm == "ppo":
             params["critic"] = {"decoder": reference, "head": agent.init_head(jax.random.key(0))}
@@ -277,14 +382,23 @@ def run(config: ConfigDict, log: train.RunLog) -> None:
         return evaluate(world.env, world.test_tasks, state.params["policy"], state.ref_params)[0]
 
     state = train.loop(
-        init, jax.tree_util.Partial(make_iteration(config, agent, optimizer), world), steps=config.steps, log=log,
-        evaluate=jax.tree_util.Partial(held_out, world), evaluate_every=config.evaluate_every)
+        jax.tree_util.Partial(init, reference),
+        jax.tree_util.Partial(make_iteration(config, agent, optimizer), world),
+        steps=config.steps,
+        log=log,
+        evaluate=jax.tree_util.Partial(held_out, world),
+        evaluate_every=config.evaluate_every,
+    )
     summarize(config, world, evaluate, state, log)
 
 
 def on_two_hops(*claims: train.Claim, arms: dict[str, dict[str, Any]], title: str) -> train.Table:
-    return train.Table(arms=arms, metrics=["trained.success.2", "trained.success.1", "trained.kl", "trained.turns"],
-                       claims=claims, title=title)
+    return train.Table(
+        arms=arms,
+        metrics=["trained.success.2", "trained.success.1", "trained.kl", "trained.turns"],
+        claims=claims,
+        title=title,
+    )
 
 
 TABLES = {
@@ -300,10 +414,16 @@ TABLES = {
             "grpo_no_mask": {"mask_observations": False},
             "grpo_no_search": {"search": False},
         },
-        title="Search-R1 on held-out geography questions"),
+        title="Search-R1 on held-out geography questions",
+    ),
     "turns": on_two_hops(
         train.better("two_searches", "one_search"),
         train.better("three_searches", "one_search"),
-        arms={"one_search": {"max_searches": 1}, "two_searches": {"max_searches": 2}, "three_searches": {"max_searches": 3}},
-        title="Search-R1 with one, two and three searches"),
+        arms={
+            "one_search": {"max_searches": 1},
+            "two_searches": {"max_searches": 2},
+            "three_searches": {"max_searches": 3},
+        },
+        title="Search-R1 with one, two and three searches",
+    ),
 }

@@ -16,7 +16,19 @@ from jaxrl_llm.data.worlds.geography import Question, geography_index, load_geog
 from jaxrl_llm.data.worlds.tokenizer import geography_tokenizer
 
 __all__ = [
-    "Question", "TokenHashes", "WordTable", "answer_hash", "answer_text_hash", "demonstrations", "geography_index",
-    "geography_tokenizer", "known_words", "load_geography", "make_questions", "read_questions", "token_hashes",
-    "word_hashes", "word_table",
+    "Question",
+    "TokenHashes",
+    "WordTable",
+    "answer_hash",
+    "answer_text_hash",
+    "demonstrations",
+    "geography_index",
+    "geography_tokenizer",
+    "known_words",
+    "load_geography",
+    "make_questions",
+    "read_questions",
+    "token_hashes",
+    "word_hashes",
+    "word_table",
 ]

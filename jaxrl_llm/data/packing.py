@@ -7,7 +7,11 @@ from jaxtyping import Bool, Int
 
 
 def pack_sequences(
-    tokens: Int[np.ndarray, "N L"], mask: Bool[np.ndarray, "N L"], lengths: Int[np.ndarray, "N"], *, num_rows: int,
+    tokens: Int[np.ndarray, "N L"],
+    mask: Bool[np.ndarray, "N L"],
+    lengths: Int[np.ndarray, "N"],
+    *,
+    num_rows: int,
     row_length: int,
 ) -> dict[str, np.ndarray]:
     """Puts sequences, in their order, each into the first of `num_rows` rows that has room; the rest is left out.
@@ -21,11 +25,16 @@ def pack_sequences(
       ValueError: a sequence is longer than a row.
     """
     if lengths.max(initial=0) > row_length:
-        raise ValueError(f"sequence {int(lengths.argmax())} has {int(lengths.max())} tokens, rows have {row_length}; "
-                         "raise row_length or leave it out")
-    packed = {"tokens": np.zeros((num_rows, row_length), np.int32), "mask": np.zeros((num_rows, row_length), bool),
-              "segment_ids": np.full((num_rows, row_length), -1, np.int32),
-              "positions": np.zeros((num_rows, row_length), np.int32)}
+        raise ValueError(
+            f"sequence {int(lengths.argmax())} has {int(lengths.max())} tokens, rows have {row_length}; "
+            "raise row_length or leave it out"
+        )
+    packed: dict[str, np.ndarray] = {
+        "tokens": np.zeros((num_rows, row_length), np.int32),
+        "mask": np.zeros((num_rows, row_length), bool),
+        "segment_ids": np.full((num_rows, row_length), -1, np.int32),
+        "positions": np.zeros((num_rows, row_length), np.int32),
+    }
     ends = np.zeros(num_rows, int)
     num_packed = 0
     for index, length in enumerate(lengths):
@@ -40,4 +49,4 @@ def pack_sequences(
         packed["positions"][row, place] = np.arange(length)
         ends[row] += length
         num_packed += 1
-    return packed | {"num_packed": np.int32(num_packed)}
+    return packed | {"num_packed": np.array(num_packed, np.int32)}

@@ -106,9 +106,11 @@ def token_hashes(tokenizer: Tokenizer) -> TokenHashes:
             raise ValueError(f"token {token} is {text!r}, which spans two words; use a tokenizer that splits at spaces")
     parts = [_hash(_characters(text, token)) for token, text in enumerate(texts)]
     return TokenHashes(
-        values=jnp.array([value for value, _ in parts]), powers=jnp.array([power for _, power in parts]),
+        values=jnp.array([value for value, _ in parts]),
+        powers=jnp.array([power for _, power in parts]),
         starts_word=jnp.array([text[:1].isspace() for text in texts]),
-        articles=jnp.array(_article_hashes()))
+        articles=jnp.array(_article_hashes()),
+    )
 
 
 def word_table(words: Sequence[str]) -> WordTable:
@@ -123,13 +125,16 @@ def word_table(words: Sequence[str]) -> WordTable:
     same = np.flatnonzero(hashes[1:, 0] == hashes[:-1, 0])
     if len(same):
         first, second = words[order[same[0]]], words[order[same[0] + 1]]
-        raise ValueError(f"words {first!r} and {second!r} share a hash; words must be different, and no more than some "
-                         f"ten thousand, got {len(words)}")
+        raise ValueError(
+            f"words {first!r} and {second!r} share a hash; words must be different, and no more than some "
+            f"ten thousand, got {len(words)}"
+        )
     return WordTable(jnp.array(hashes), jnp.array(order, jnp.int32))
 
 
-def word_hashes(table: TokenHashes, tokens: Int[Array, "L"], start: Int[Array, ""] | int,
-                stop: Int[Array, ""] | int) -> tuple[UInt32[Array, "L 2"], Bool[Array, "L"]]:
+def word_hashes(
+    table: TokenHashes, tokens: Int[Array, "L"], start: Int[Array, ""] | int, stop: Int[Array, ""] | int
+) -> tuple[UInt32[Array, "L 2"], Bool[Array, "L"]]:
     """Hashes of the words of `tokens[start:stop]`.
 
     Returns:
@@ -150,8 +155,9 @@ def word_hashes(table: TokenHashes, tokens: Int[Array, "L"], start: Int[Array, "
     return hashes, inside & last & jnp.any(hashes != 0, axis=-1)
 
 
-def answer_hash(table: TokenHashes, tokens: Int[Array, "L"], stop: Int[Array, ""] | int,
-                start: Int[Array, ""] | int = 0) -> UInt32[Array, "2"]:
+def answer_hash(
+    table: TokenHashes, tokens: Int[Array, "L"], stop: Int[Array, ""] | int, start: Int[Array, ""] | int = 0
+) -> UInt32[Array, "2"]:
     """Hash of the answer `tokens[start:stop]`: equal for two answers if and (but for a chance of 2^-64) only if
     `normalize_answer` of their texts is equal. Articles do not count; an empty answer hashes to 0."""
     hashes, is_word = word_hashes(table, tokens, start, stop)
@@ -172,8 +178,14 @@ def answer_text_hash(text: str) -> UInt32[np.ndarray, "2"]:
     return total
 
 
-def known_words(table: TokenHashes, words: WordTable, tokens: Int[Array, "L"], start: Int[Array, ""] | int,
-                stop: Int[Array, ""] | int, max_words: int) -> Int[Array, "W"]:
+def known_words(
+    table: TokenHashes,
+    words: WordTable,
+    tokens: Int[Array, "L"],
+    start: Int[Array, ""] | int,
+    stop: Int[Array, ""] | int,
+    max_words: int,
+) -> Int[Array, "W"]:
     """Ids of the first `max_words` words of `tokens[start:stop]` that `words` has, in order; -1 behind the last one."""
     hashes, is_word = word_hashes(table, tokens, start, stop)
     place = jnp.minimum(jnp.searchsorted(words.hashes[:, 0], hashes[:, 0]), words.ids.shape[0] - 1)

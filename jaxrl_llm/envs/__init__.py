@@ -13,6 +13,14 @@ from jaxrl_llm.envs.protocols import DeviceEnv, HostEnv
 from jaxrl_llm.envs.single_turn import SingleTurnEnv
 
 __all__ = [
-    "DeviceEnv", "GeographyEnv", "GeographyHostEnv", "GeographyState", "GeographyTask", "HostEnv", "SingleTurnEnv",
-    "encode_tasks", "make_geography_env", "make_geography_host_env",
+    "DeviceEnv",
+    "GeographyEnv",
+    "GeographyHostEnv",
+    "GeographyState",
+    "GeographyTask",
+    "HostEnv",
+    "SingleTurnEnv",
+    "encode_tasks",
+    "make_geography_env",
+    "make_geography_host_env",
 ]

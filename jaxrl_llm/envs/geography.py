@@ -39,8 +39,11 @@ from jaxrl_llm.rewards.qa import exact_match
 TAGS = ("<search>", "</search>", "<answer>", "</answer>", "<information>", "</information>")
 
 
-@partial(jax.tree_util.register_dataclass,
-         data_fields=["prompt_tokens", "prompt_length", "answers", "answer_mask", "hops"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["prompt_tokens", "prompt_length", "answers", "answer_mask", "hops"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class GeographyTask:
     """A question as arrays; `encode_tasks` makes them with a leading axis of questions."""
@@ -60,8 +63,9 @@ class GeographyState:
     searches: Int[Array, ""]  # spent so far
 
 
-def encode_tasks(questions: Sequence[Question], tokenizer: Tokenizer, *,
-                 max_prompt: int | None = None) -> GeographyTask:
+def encode_tasks(
+    questions: Sequence[Question], tokenizer: Tokenizer, *, max_prompt: int | None = None
+) -> GeographyTask:
     """Questions as a `GeographyTask` with a leading axis: prompts padded to `max_prompt` tokens, or to the longest one.
 
     Raises:
@@ -76,28 +80,35 @@ def encode_tasks(questions: Sequence[Question], tokenizer: Tokenizer, *,
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     width = int(lengths.max()) if max_prompt is None else max_prompt
     if lengths.max() > width:
-        raise ValueError(f"max_prompt is {max_prompt}, but question {questions[int(lengths.argmax())].question!r} has "
-                         f"{lengths.max()} tokens; raise max_prompt or leave the question out")
+        raise ValueError(
+            f"max_prompt is {max_prompt}, but question {questions[int(lengths.argmax())].question!r} has "
+            f"{lengths.max()} tokens; raise max_prompt or leave the question out"
+        )
     most = max(len(question.answers) for question in questions)
     mask = np.array([[i < len(question.answers) for i in range(most)] for question in questions])
     answers = np.zeros((len(questions), most, 2), np.uint32)
     answers[mask] = [answer_text_hash(answer) for question in questions for answer in question.answers]
     return GeographyTask(
-        prompt_tokens=jnp.array(_padded(prompts, width)), prompt_length=jnp.array(lengths),
-        answers=jnp.array(answers), answer_mask=jnp.array(mask),
-        hops=jnp.array([question.hops for question in questions], jnp.int32))
+        prompt_tokens=jnp.array(_padded(prompts, width)),
+        prompt_length=jnp.array(lengths),
+        answers=jnp.array(answers),
+        answer_mask=jnp.array(mask),
+        hops=jnp.array([question.hops for question in questions], jnp.int32),
+    )
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     out = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
-        out[i, :len(row)] = row
+        out[i, : len(row)] = row
     return out
 
 
-@partial(jax.tree_util.register_dataclass,
-         data_fields=["hashes", "words", "index", "passages", "passage_lengths", "correction"],
-         meta_fields=["max_searches", "search_enabled", "num_passages", "max_words", "tags"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["hashes", "words", "index", "passages", "passage_lengths", "correction"],
+    meta_fields=["max_searches", "search_enabled", "num_passages", "max_words", "tags"],
+)
 @dataclasses.dataclass(frozen=True)
 class GeographyEnv:
     """The environment inside `jit`, a `DeviceEnv`. Made by `make_geography_env`."""
@@ -120,15 +131,15 @@ class GeographyEnv:
         found = self.num_passages * self.passages.shape[1] if self.search_enabled else 0
         return max(2 + found, self.correction.shape[0])
 
-    def reset(self, key: Key[Array, ""], task: GeographyTask) -> tuple[
-            GeographyState, Int[Array, "M"], Int[Array, ""]]:
+    def reset(self, key: Key[Array, ""], task: GeographyTask) -> tuple[GeographyState, Int[Array, "M"], Int[Array, ""]]:
         """The state at the start, and the question. `key` is not used."""
         del key
         state = GeographyState(task.answers, task.answer_mask, jnp.zeros((), jnp.int32))
         return state, task.prompt_tokens, task.prompt_length
 
-    def step(self, state: GeographyState, turn_tokens: Int[Array, "L"], length: Int[Array, ""]) -> tuple[
-            GeographyState, Int[Array, "O"], Int[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+    def step(
+        self, state: GeographyState, turn_tokens: Int[Array, "L"], length: Int[Array, ""]
+    ) -> tuple[GeographyState, Int[Array, "O"], Int[Array, ""], Float[Array, ""], Bool[Array, ""]]:
         """One turn: the next state, observation and its length, reward (1 or 0), and whether the episode is over."""
         open_search, close_search, open_answer, close_answer, open_information, close_information = self.tags
         search_start, search_stop, searched = _pair(turn_tokens, length, open_search, close_search)
@@ -176,8 +187,9 @@ def _pair(tokens: Int[Array, "L"], length: Int[Array, ""], opening: int, closing
     return start + 1, stop, stop < tokens.shape[0]
 
 
-def make_geography_env(tokenizer: Tokenizer, *, max_searches: int = 3, search_enabled: bool = True,
-                       num_passages: int = 1) -> GeographyEnv:
+def make_geography_env(
+    tokenizer: Tokenizer, *, max_searches: int = 3, search_enabled: bool = True, num_passages: int = 1
+) -> GeographyEnv:
     """The device environment for turns and prompts of `tokenizer`.
 
     Raises:
@@ -191,11 +203,18 @@ def make_geography_env(tokenizer: Tokenizer, *, max_searches: int = 3, search_en
     passages = [*tokenizer.encode_batch(index.passages), []]
     lengths = [len(passage) for passage in passages]
     return GeographyEnv(
-        hashes=token_hashes(tokenizer), words=word_table(sorted(index.terms, key=index.terms.__getitem__)),
-        index=device_index(index), passages=jnp.array(_padded(passages, max(lengths))),
-        passage_lengths=jnp.array(lengths, jnp.int32), correction=jnp.array(tokenizer.encode(CORRECTION), jnp.int32),
-        max_searches=max_searches, search_enabled=search_enabled, num_passages=num_passages,
-        max_words=index.max_terms or 8, tags=tuple(tokenizer.special_ids[tag] for tag in TAGS))
+        hashes=token_hashes(tokenizer),
+        words=word_table(sorted(index.terms, key=index.terms.__getitem__)),
+        index=device_index(index),
+        passages=jnp.array(_padded(passages, max(lengths))),
+        passage_lengths=jnp.array(lengths, jnp.int32),
+        correction=jnp.array(tokenizer.encode(CORRECTION), jnp.int32),
+        max_searches=max_searches,
+        search_enabled=search_enabled,
+        num_passages=num_passages,
+        max_words=index.max_terms or 8,
+        tags=tuple(tokenizer.special_ids[tag] for tag in TAGS),
+    )
 
 
 class HostState(NamedTuple):
@@ -231,8 +250,9 @@ class GeographyHostEnv:
         return spent, f"<information>{passages}</information>", 0.0, False
 
 
-def make_geography_host_env(*, max_searches: int = 3, search_enabled: bool = True,
-                            num_passages: int = 1) -> GeographyHostEnv:
+def make_geography_host_env(
+    *, max_searches: int = 3, search_enabled: bool = True, num_passages: int = 1
+) -> GeographyHostEnv:
     """The host environment.
 
     Raises:

@@ -18,8 +18,9 @@ class DeviceEnv(Protocol):
         """Starts an episode of `task`: its state, the prompt's tokens and their number."""
         ...
 
-    def step(self, state: PyTree[Array], turn_tokens: Int[Array, "L"], length: Int[Array, ""]) -> tuple[
-            PyTree[Array], Int[Array, "O"], Int[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+    def step(
+        self, state: PyTree[Array], turn_tokens: Int[Array, "L"], length: Int[Array, ""]
+    ) -> tuple[PyTree[Array], Int[Array, "O"], Int[Array, ""], Float[Array, ""], Bool[Array, ""]]:
         """Answers a turn of the policy.
 
         Returns:

@@ -23,7 +23,8 @@ class SingleTurnEnv:
     def reset(self, key: jax.Array, task: dict[str, Any]) -> tuple[PyTree, Int[Array, "L0"], Int[Array, ""]]:
         return task, task["prompt_tokens"], task["prompt_length"]
 
-    def step(self, state: PyTree, turn_tokens: Int[Array, "L"], length: Int[Array, ""]) -> tuple[
-            PyTree, Int[Array, "1"], Int[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+    def step(
+        self, state: PyTree, turn_tokens: Int[Array, "L"], length: Int[Array, ""]
+    ) -> tuple[PyTree, Int[Array, "1"], Int[Array, ""], Float[Array, ""], Bool[Array, ""]]:
         nothing = jnp.zeros(1, jnp.int32)
         return state, nothing, jnp.int32(0), self.reward(state, turn_tokens, length), jnp.bool_(True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,9 @@ class DecoderConfig:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim is None:
             if self.width % self.num_heads:
-                raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}, or give head_dim")
+                raise ValueError(
+                    f"width={self.width} must be a multiple of num_heads={self.num_heads}, or give head_dim"
+                )
             object.__setattr__(self, "head_dim", self.width // self.num_heads)
         if self.head_dim % 2:  # type: ignore[operator]  # set above
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of dimensions")
@@ -60,7 +63,9 @@ def rotate(x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: floa
 
 
 def attend(
-    queries: Float[Array, "B T H D"], keys: Float[Array, "B KV S D"], values: Float[Array, "B KV S D"],
+    queries: Float[Array, "B T H D"],
+    keys: Float[Array, "B KV S D"],
+    values: Float[Array, "B KV S D"],
     allowed: Bool[Array, "B #T S"],
 ) -> Float[Array, "B T HD"]:
     """Softmax attention with `H / KV` query heads to a key/value head. A query that may see nothing gets the mean value."""
@@ -124,11 +129,15 @@ class DecoderLayer(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.width)))
+        self.embedding = nnx.Param(
+            config.width**-0.5 * jax.random.normal(rngs.params(), (config.vocab_size, config.width))
+        )
         self.layers = nnx.List([DecoderLayer(config, rngs) for _ in range(config.num_layers)])
         self.norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
         if not config.tie_embeddings:
-            self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.width)))
+            self.head = nnx.Param(
+                config.width**-0.5 * jax.random.normal(rngs.params(), (config.vocab_size, config.width))
+            )
 
     def __call__(self, tokens, *, positions=None, segment_ids=None, cache=None):
         if positions is None:
@@ -155,7 +164,7 @@ class Model:
 
     config: DecoderConfig
     init: Callable[[jax.Array], Params]
-    apply: Callable[..., tuple[Float[Array, "B T D"], Cache | None]]
+    apply: Callable[..., tuple[Float[Array, "B T D"], Any]]
 
     def head(self, params: Params) -> Float[Array, "V D"]:
         """The output matrix."""
@@ -169,7 +178,9 @@ class Model:
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
         """Empty keys and values for `length` positions of `batch` sequences."""
         shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
-        return [{"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)} for _ in range(self.config.num_layers)]
+        return [
+            {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)} for _ in range(self.config.num_layers)
+        ]
 
 
 def make_decoder(config: DecoderConfig) -> Model:

@@ -58,7 +58,9 @@ def wrap_tokenizer(backend: tokenizers.Tokenizer) -> Tokenizer:
     vocab = backend.get_vocab(with_added_tokens=True)
     pieces = sorted(vocab, key=vocab.__getitem__)
     if [vocab[piece] for piece in pieces] != list(range(len(pieces))):
-        raise ValueError(f"token ids must run from 0 to {len(pieces) - 1} without gaps, got a largest id of "
-                         f"{max(vocab.values())} for {len(pieces)} tokens; retrain or reindex the tokenizer")
+        raise ValueError(
+            f"token ids must run from 0 to {len(pieces) - 1} without gaps, got a largest id of "
+            f"{max(vocab.values())} for {len(pieces)} tokens; retrain or reindex the tokenizer"
+        )
     added = backend.get_added_tokens_decoder()
     return Tokenizer(backend, tuple(pieces), {token.content: i for i, token in sorted(added.items()) if token.special})

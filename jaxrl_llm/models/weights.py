@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 from safetensors import safe_open
 from safetensors.flax import save_file
 
 from jaxrl_llm.types import Params
 
 
-def save_params(params: Params, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes nested dicts of arrays to one safetensors file; names are joined by dots."""
-    flat = {name: jnp.asarray(value) for name, value in flatten_dict(params, sep=".").items()}
+def save_params(
+    params: Params, path: str | Path, *, dtype: DTypeLike | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes nested dicts of arrays to one safetensors file; names are joined by dots. `dtype` rounds them all to a type."""
+    flat = {name: jnp.asarray(value, dtype) for name, value in flatten_dict(params, sep=".").items()}
     save_file(flat, str(path), metadata=dict(metadata or {}))
 
 

@@ -30,6 +30,7 @@ from jaxrl_llm.ops.groups import (
     masked_whiten,
     segment_reduce,
 )
+from jaxrl_llm.ops.logprobs import token_logprobs
 from jaxrl_llm.ops.masked import (
     Aggregation,
     Moments,
@@ -89,6 +90,8 @@ __all__ = [
     "mirror_descent_loss",
     # losses towards targets
     "value_loss", "sft_loss", "token_cross_entropy",
+    # log-probs from hidden states
+    "token_logprobs",
     # entropies and divergences
     "token_entropy", "kl_estimate", "update_kl_coefficient", "categorical_kl", "symmetric_kl", "jensen_shannon",
     # shaping and selection

@@ -30,10 +30,9 @@ def check_shapes(**arguments: tuple[Any, str]) -> None:
                              f"got {type(array).__name__} {array!r}")
         _check_type(name, array)
         letters, shape = axes.split(), tuple(array.shape)
-        if letters[:1] == ["..."]:
-            letters, leading = letters[1:], max(len(shape) - len(letters) + 1, 0)
+        if letters[0] == "...":
+            leading = max(len(shape) - len(letters) + 1, 0)
             shape = (shape[:leading], *shape[leading:])
-            letters = ["...", *letters]
         if len(letters) != len(shape):
             raise ValueError(f"{name} must have shape [{_listed(axes)}], got {list(array.shape)}")
         for letter, size in zip(letters, shape, strict=True):
@@ -53,8 +52,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 def check_range(name: str, value: Any, low: float = -np.inf, high: float = np.inf, *, open_low: bool = False,
                 open_high: bool = False) -> None:
-    """Raises ValueError where a plain number lies outside [low, high]; an array or tracer (a schedule's value)
-    passes."""
+    """Raises ValueError where a plain number lies outside [low, high]; an array (a schedule's value) passes."""
     if value is None or not isinstance(value, int | float | np.number):
         return
     if not (low < value if open_low else low <= value) or not (value < high if open_high else value <= high):
@@ -63,8 +61,7 @@ def check_range(name: str, value: Any, low: float = -np.inf, high: float = np.in
 
 
 def is_concrete(*arrays: Any) -> bool:
-    """Whether values can be looked at: false while jit, vmap or grad trace. Look with numpy, since jnp would trace
-    again."""
+    """Whether values can be looked at (with numpy, since jnp would trace): false while jit, vmap or grad trace."""
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 

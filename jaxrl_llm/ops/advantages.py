@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.ops._checks import check_choice, check_range, check_shapes, is_concrete
+from jaxrl_llm.ops._checks import check_choice, check_ids_below, check_range, check_shapes, is_concrete
 from jaxrl_llm.ops.groups import Scale, Singleton, group_normalize, masked_whiten, whiten
 from jaxrl_llm.ops.masked import dense_ids, masked_mean, masked_sum, safe_divide, select
 from jaxrl_llm.ops.returns import OnMasked, discounted_returns, reverse_discounted_sum
@@ -34,6 +34,8 @@ def group_relative_advantages(rewards: Float[Array, "R"], group_ids: Int[Array, 
     rows = "B" if rollout_ids is None else "R"
     check_shapes(mask=(mask, "B T"), rewards=(rewards, rows), group_ids=(group_ids, rows), valid=(valid, rows),
                  rollout_ids=(rollout_ids, "B"))
+    if rollout_ids is not None:
+        check_ids_below("rollout_ids", rollout_ids, rewards.shape[0])
     advantages = group_normalize(rewards, group_ids, valid, **normalize)
     if rollout_ids is None:
         return broadcast_values(advantages, mask)
@@ -86,8 +88,7 @@ def reinforce_pp_advantages(token_rewards: Float[Array, "B T"], mask: Bool[Array
 
 def turn_advantages(turn_rewards: Float[Array, "B K"], turn_mask: Bool[Array, "B K"], turn_ids: Int[Array, "B T"], *,
                     gamma: float = 1.0) -> Float[Array, "B T"]:
-    """`A_k = r_k + gamma * A_(k+1)` over the turns that took place, on every policy token of turn k. gamma is per
-    turn."""
+    """`A_k = r_k + gamma * A_(k+1)` over the turns that took place, on every policy token of turn k."""
     check_shapes(turn_rewards=(turn_rewards, "B K"), turn_mask=(turn_mask, "B K"), turn_ids=(turn_ids, "B T"))
     return broadcast_values(discounted_returns(turn_rewards, turn_mask, gamma=gamma), turn_ids)
 

@@ -6,6 +6,8 @@ valid (an unscorable reward, a turn that did not happen) are in no statistic and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -50,7 +52,7 @@ def group_stats(x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[Arra
     """
     check_shapes(x=(x, "..."), ids=(ids, "..."), valid=(valid, "..."))
     stats = _stats(x, dense_ids(ids), _all_if_none(valid, x), ddof)
-    return stats.mean, _safe_sqrt(stats.var), stats.count
+    return stats.mean, _safe_sqrt(stats.var), stats.number
 
 
 def group_normalize(x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[Array, "..."] | None = None, *,
@@ -87,23 +89,23 @@ def group_normalize(x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[
     if scale == "batch" and x.size == 1:
         raise ValueError(f'scale="batch" needs at least 2 values for a std, got x of shape {list(x.shape)}')
     valid = _all_if_none(valid, x)
-    slots = {"group": dense_ids(ids), "batch": jnp.zeros_like(ids)}
-    slots["leave_one_out"] = slots["group"]
+    groups = dense_ids(ids)
+    slots = {"group": groups, "leave_one_out": groups, "batch": None}
     x, keep = select(x, valid), valid
 
     centered = x
     if center != "none":
         stats = _stats(x, slots[center], valid, ddof)
-        raw = (stats.count == 1) if singleton == "raw" and center != "batch" else jnp.zeros_like(valid)
+        raw = (stats.number == 1) if singleton == "raw" and center != "batch" else jnp.zeros_like(valid)
         keep &= stats.spread | raw
         centered = x - jnp.where(raw, 0, stats.mean)
         if center == "leave_one_out":  # x - mean of the others = n / (n - 1) * (x - mean)
-            centered *= jnp.where(stats.count > 1, safe_divide(stats.count, stats.count - 1), 1)
+            centered *= jnp.where(stats.number > 1, safe_divide(stats.number, stats.number - 1), 1)
         centered = select(centered, keep)
 
     if scale != "none":
         stats = _stats(x if std_of == "raw" else centered, slots[scale], valid, ddof)
-        raw = (stats.count == 1) if singleton == "raw" and scale != "batch" else jnp.zeros_like(valid)
+        raw = (stats.number == 1) if singleton == "raw" and scale != "batch" else jnp.zeros_like(valid)
         keep &= stats.spread | raw
         std = jnp.where(raw, 1, _safe_sqrt(stats.var + var_eps))
         centered = safe_divide(centered, std + eps)
@@ -137,36 +139,28 @@ def masked_whiten(x: Float[Array, "B *rest"], mask: Bool[Array, "B *rest"], *, i
 def whiten(x: Float[Array, "..."], mask: Bool[Array, "..."], *, ids: Int[Array, "..."] | None = None, ddof: int = 1,
            eps: float = 1e-8, eps_in: EpsIn = "var") -> Float[Array, "..."]:
     """`masked_whiten` for ops that define fewer than two entries as 0."""
-    if ids is None:
-        slots = jnp.zeros(x.shape, jnp.int32)
-    elif ids.shape != x.shape[:ids.ndim]:
+    if ids is not None and ids.shape != x.shape[:ids.ndim]:
         raise ValueError(f"ids must have the leading shape of x, {list(x.shape)}, got {list(ids.shape)}")
-    else:
-        dense = dense_ids(ids)
-        slots = jnp.broadcast_to(dense.reshape(dense.shape + (1,) * (x.ndim - ids.ndim)), x.shape)
-    stats = _stats(x, slots, mask, ddof)
+    stats = _stats(x, None if ids is None else dense_ids(ids), mask, ddof)
     std = jnp.sqrt(stats.var + eps) if eps_in == "var" else _safe_sqrt(stats.var) + eps
     return select(safe_divide(select(x, mask) - stats.mean, std), mask & stats.spread)
 
 
 def informative_group_scale(rewards: Float[Array, "B"], ids: Int[Array, "B"], valid: Bool[Array, "B"] | None = None
                             ) -> Float[Array, ""]:
-    """Groups over groups with any spread: the factor that keeps the size of a batch's gradient when few groups carry
-    signal.
+    """Groups over groups with any spread: keeps the size of a batch's gradient when few groups carry signal.
 
-    Groups without a valid member do not count. If no group has spread, the number of groups (every advantage is 0
-    then).
+    Groups without a valid member do not count. If no group has spread (every advantage is 0), the number of groups.
     """
     check_shapes(rewards=(rewards, "B"), ids=(ids, "B"), valid=(valid, "B"))
     valid = _all_if_none(valid, rewards)
     stats = _stats(rewards, dense_ids(ids), valid, 1)
-    share = safe_divide(valid.astype(jnp.float32), stats.count)  # the shares of a group's members sum to 1
+    share = safe_divide(valid.astype(jnp.float32), stats.number)  # the shares of a group's members sum to 1
     return jnp.sum(share) / jnp.maximum(jnp.sum(select(share, stats.spread)), 1)
 
 
 def first_occurrence_mask(ids: Int[Array, "... N"], valid: Bool[Array, "... N"] | None = None) -> Bool[Array, "... N"]:
-    """True at the first of equal ids along the last axis, among the valid ones. Compares all pairs: for lists of
-    candidates."""
+    """True at the first of equal ids along the last axis, among the valid ones; for lists, as it compares all pairs."""
     check_shapes(ids=(ids, "... N"), valid=(valid, "... N"))
     valid = _all_if_none(valid, ids)
     earlier = jnp.tril(jnp.ones((ids.shape[-1],) * 2, bool), -1)
@@ -184,23 +178,34 @@ def group_spread_mask(x: Float[Array, "..."], ids: Int[Array, "..."], valid: Boo
 class _Stats(NamedTuple):
     mean: Float[Array, "..."]
     var: Float[Array, "..."]
-    count: Float[Array, "..."]
+    number: Float[Array, "..."]
     spread: Bool[Array, "..."]  # whether two valid members differ; a variance cannot say, since it rounds
 
 
-def _stats(x: Float[Array, "..."], slots: Int[Array, "..."], valid: Bool[Array, "..."], ddof: int) -> _Stats:
-    """Statistics of each slot (below `x.size`), handed back to every entry in it."""
+def _stats(x: Float[Array, "..."], slots: Int[Array, "..."] | None, valid: Bool[Array, "..."], ddof: int) -> _Stats:
+    """Statistics of each slot, handed back to every entry in it; one slot of all entries if `slots` is None.
+
+    `slots`, below their number, have the leading shape of `x`, whose other axes are summed first: thousands of tokens
+    are added up by a tree and not one after the other into a slot, which is slow on accelerators and loses digits.
+    """
+    def per_slot(reduce: Callable[..., Array], segment: Callable[..., Array], y: Array) -> Array:
+        if slots is None:
+            return jnp.broadcast_to(reduce(y), x.shape)
+        reduced = reduce(y.reshape(slots.size, -1), axis=1)
+        handed_back = segment(reduced, slots.ravel(), num_segments=slots.size)[slots]
+        return jnp.broadcast_to(handed_back.reshape(slots.shape + (1,) * (x.ndim - slots.ndim)), x.shape)
+
     def total(y: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jax.ops.segment_sum(y.ravel(), slots.ravel(), num_segments=x.size)[slots]
+        return per_slot(jnp.sum, jax.ops.segment_sum, y)
 
     values, members = select(x, valid), valid.astype(jnp.float32)
     count = total(members)
     mean = safe_divide(total(values), count)
     var = safe_divide(total(select((values - mean) ** 2, valid)), count - ddof)
     fixed = jax.lax.stop_gradient(values)
-    largest = jax.ops.segment_max(select(fixed, valid, -jnp.inf).ravel(), slots.ravel(), num_segments=x.size)
-    smallest = jax.ops.segment_min(select(fixed, valid, jnp.inf).ravel(), slots.ravel(), num_segments=x.size)
-    return _Stats(mean, var, count, (largest > smallest)[slots])
+    largest = per_slot(partial(jnp.max, initial=-jnp.inf), jax.ops.segment_max, select(fixed, valid, -jnp.inf))
+    smallest = per_slot(partial(jnp.min, initial=jnp.inf), jax.ops.segment_min, select(fixed, valid, jnp.inf))
+    return _Stats(mean, var, count, largest > smallest)
 
 
 def _safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:

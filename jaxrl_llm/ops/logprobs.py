@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jaxrl_kernels import fused_logprob
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_kernels import fused_logprob
 from jaxrl_llm.types import Decoding
 
 

@@ -32,8 +32,10 @@ def safe_divide(numerator: Float[Array, "..."], denominator: Float[Array, "..."]
 
 def masked_sum(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis = None,
                weights: Float[Array, "..."] | None = None) -> Float[Array, "..."]:
-    """Sum of `weights * x` over the true entries of `mask`, all of one shape, along `axis` (None: all). Empty gives
-    0."""
+    """Sum of `weights * x` over the true entries of `mask` along `axis` (None: all). Empty gives 0.
+
+    All arguments have one shape. Weights, here and below, are constants: no gradient goes into them.
+    """
     check_shapes(x=(x, "..."), mask=(mask, "..."), weights=(weights, "..."))
     return jnp.sum(_weighted(x, mask, weights), axis=axis)
 
@@ -61,8 +63,7 @@ def masked_var(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis =
 
 def masked_softmax(x: Float[Array, "... N"], valid: Bool[Array, "... N"], *, temperature: float = 1.0
                    ) -> Float[Array, "... N"]:
-    """Softmax of `x / temperature` over the valid entries of the last axis; 0 elsewhere, a row of zeros if none is
-    valid."""
+    """Softmax of `x / temperature` over the valid entries of the last axis, 0 elsewhere. Empty gives a row of 0."""
     check_shapes(x=(x, "... N"), valid=(valid, "... N"))
     check_range("temperature", temperature, 0, open_low=True)
     scores = select(x, valid, -jnp.inf) / temperature
@@ -85,8 +86,7 @@ def sequence_logprob(logprobs: Float[Array, "... T"], mask: Bool[Array, "... T"]
 
 def sequence_log_ratio(logprobs: Float[Array, "... T"], ref_logprobs: Float[Array, "... T"], mask: Bool[Array, "... T"],
                        *, length_power: float = 0.0) -> Float[Array, "..."]:
-    """`sum_t (logprobs - ref_logprobs) / n^length_power`: the implicit reward of DPO without its beta. Empty gives
-    0."""
+    """`sum_t (logprobs - ref_logprobs) / n^length_power`, DPO's implicit reward but for its beta. Empty gives 0."""
     check_shapes(logprobs=(logprobs, "... T"), ref_logprobs=(ref_logprobs, "... T"), mask=(mask, "... T"))
     return sequence_logprob(select(logprobs, mask) - select(ref_logprobs, mask), mask, length_power=length_power)
 
@@ -127,7 +127,7 @@ def aggregate_loss(x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, agg: Agg
     sums, counts = jnp.sum(select(x, mask), axis=1), jnp.sum(mask, axis=1, dtype=jnp.float32)
     if agg == "seq":
         return jnp.sum(safe_divide(sums, counts)), denominator
-    if agg == "rollout":
+    if agg == "rollout" and rollout_ids is not None:
         pieces = dense_ids(rollout_ids)
         sums, counts = (jax.ops.segment_sum(y, pieces, num_segments=len(y)) for y in (sums, counts))
         return jnp.sum(safe_divide(sums, counts)), denominator
@@ -159,8 +159,7 @@ def reduce_loss(x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, agg: Aggreg
                 max_len: int | None = None, rollout_ids: Int[Array, "B"] | None = None,
                 weights: Float[Array, "B T"] | None = None,
                 denominator: Float[Array, ""] | float | None = None) -> Float[Array, ""]:
-    """`aggregate_loss` of `weights * x` as one number: how every loss ends, and how a page adds a KL or an entropy
-    term.
+    """`aggregate_loss` of `weights * x` as one number: how every loss ends, and how a KL or entropy term is added.
 
     `weights` (no gradient) multiply the values only, the denominator stays. `denominator` replaces that of this batch,
     e.g. by the whole batch's when this is one of its micro-batches. A denominator of 0 gives 0.
@@ -172,11 +171,11 @@ def reduce_loss(x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, agg: Aggreg
 
 
 class Moments(NamedTuple):
-    """Running count, mean and population variance. The defaults are a weak prior of mean 0 and variance 1."""
+    """Running mean, population variance and number of values. The defaults are a weak prior of mean 0 and variance 1."""
 
     mean: Float[Array, ""] | np.floating = np.float32(0)
     var: Float[Array, ""] | np.floating = np.float32(1)
-    count: Float[Array, ""] | np.floating = np.float32(1e-4)
+    number: Float[Array, ""] | np.floating = np.float32(1e-4)
 
 
 def update_moments(state: Moments, x: Float[Array, "..."], valid: Bool[Array, "..."]
@@ -187,10 +186,10 @@ def update_moments(state: Moments, x: Float[Array, "..."], valid: Bool[Array, ".
     `Moments()`. Pooling of two sets' moments after Chan et al. 1979.
     """
     check_shapes(x=(x, "..."), valid=(valid, "..."))
-    count, mean = jnp.sum(valid, dtype=jnp.float32), masked_mean(x, valid)
-    gap, total = mean - state.mean, state.count + count
-    squares = state.var * state.count + masked_var(x, valid, ddof=0) * count + gap**2 * state.count * count / total
-    new = Moments(state.mean + gap * count / total, squares / total, total)
+    number, mean = jnp.sum(valid, dtype=jnp.float32), masked_mean(x, valid)
+    gap, total = mean - state.mean, state.number + number
+    squares = state.var * state.number + masked_var(x, valid, ddof=0) * number + gap**2 * state.number * number / total
+    new = Moments(state.mean + gap * number / total, squares / total, total)
     return new, select((select(x, valid) - new.mean) / jnp.sqrt(jnp.maximum(new.var, 1e-8)), valid)
 
 

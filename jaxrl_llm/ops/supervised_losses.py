@@ -32,11 +32,11 @@ def value_loss(values: Float[Array, "B T"], old_values: Float[Array, "B T"] | No
     """
     check_shapes(values=(values, "B T"), old_values=(old_values, "B T"), returns=(returns, "B T"), mask=(mask, "B T"))
     check_range("clip", clip, 0, open_low=True)
-    if clip is not None and old_values is None:
-        raise ValueError("clip needs old_values, the values at sampling, got None; pass them, or clip=None")
     value, target = select(values, mask), jax.lax.stop_gradient(select(returns, mask))
     squares, clipped = (value - target) ** 2, jnp.zeros_like(mask)
     if clip is not None:
+        if old_values is None:
+            raise ValueError("clip needs old_values, the values at sampling, got None; pass them, or clip=None")
         old = jax.lax.stop_gradient(select(old_values, mask))
         bounded = (jnp.clip(value, old - clip, old + clip) - target) ** 2
         squares, clipped = jnp.maximum(squares, bounded), bounded > squares

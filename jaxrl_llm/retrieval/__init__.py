@@ -12,5 +12,12 @@ from jaxrl_llm.retrieval.bm25 import (
 )
 
 __all__ = [
-    "Bm25Arrays", "Bm25Index", "bm25_index", "bm25_scores", "device_index", "query_terms", "search", "top_passages",
+    "Bm25Arrays",
+    "Bm25Index",
+    "bm25_index",
+    "bm25_scores",
+    "device_index",
+    "query_terms",
+    "search",
+    "top_passages",
 ]

@@ -39,8 +39,15 @@ class Bm25Index:
     backend: Any
 
 
-def bm25_index(passages: Sequence[str], *, titles: Sequence[str] | None = None, k1: float = 1.5, b: float = 0.75,
-               stop_share: float = 0.25, max_terms: int | None = None) -> Bm25Index:
+def bm25_index(
+    passages: Sequence[str],
+    *,
+    titles: Sequence[str] | None = None,
+    k1: float = 1.5,
+    b: float = 0.75,
+    stop_share: float = 0.25,
+    max_terms: int | None = None,
+) -> Bm25Index:
     """Index of `passages` by their `plain_words`, with Lucene's BM25 weights (the default of `bm25s`).
 
     Args:
@@ -75,7 +82,7 @@ def bm25_index(passages: Sequence[str], *, titles: Sequence[str] | None = None, 
 
 def query_terms(index: Bm25Index, query: str) -> list[int]:
     """Term ids of the indexed words of `query`, in order, at most `index.max_terms`."""
-    return [index.terms[word] for word in plain_words(query) if word in index.terms][:index.max_terms]
+    return [index.terms[word] for word in plain_words(query) if word in index.terms][: index.max_terms]
 
 
 def bm25_scores(index: Bm25Index, query: str) -> Float[np.ndarray, "N"]:
@@ -96,8 +103,11 @@ def top_passages(index: Bm25Index, query: str, k: int = 1) -> Int[np.ndarray, "k
     return np.where(scores[best] > 0, best, -1).astype(np.int32)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["starts", "counts", "passages", "weights"],
-         meta_fields=["num_passages", "window"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["starts", "counts", "passages", "weights"],
+    meta_fields=["num_passages", "window"],
+)
 @dataclasses.dataclass(frozen=True)
 class Bm25Arrays:
     """The weights of an index as arrays, made by `device_index`: the passages of each term, list behind list."""
@@ -116,10 +126,13 @@ def device_index(index: Bm25Index) -> Bm25Arrays:
     counts = np.diff(scores["indptr"])
     window = int(counts.max())
     return Bm25Arrays(
-        starts=jnp.array(scores["indptr"][:-1], jnp.int32), counts=jnp.array(counts, jnp.int32),
+        starts=jnp.array(scores["indptr"][:-1], jnp.int32),
+        counts=jnp.array(counts, jnp.int32),
         passages=jnp.array(np.pad(scores["indices"], (0, window)), jnp.int32),
         weights=jnp.array(np.pad(scores["data"], (0, window)), jnp.float32),
-        num_passages=len(index.passages), window=window)
+        num_passages=len(index.passages),
+        window=window,
+    )
 
 
 def search(arrays: Bm25Arrays, term_ids: Int[Array, "W"], k: int = 1) -> Int[Array, "k"]:

@@ -13,6 +13,17 @@ from jaxrl_llm.rewards.qa import (
 )
 
 __all__ = [
-    "SEARCH_R1_GRAMMAR", "TagGrammar", "em_format_reward", "exact_match", "extract_tag", "extract_tags",
-    "normalize_answer", "parse_action", "plain_words", "retrieval_hit", "substring_match", "tag_trace_ok", "token_f1",
+    "SEARCH_R1_GRAMMAR",
+    "TagGrammar",
+    "em_format_reward",
+    "exact_match",
+    "extract_tag",
+    "extract_tags",
+    "normalize_answer",
+    "parse_action",
+    "plain_words",
+    "retrieval_hit",
+    "substring_match",
+    "tag_trace_ok",
+    "token_f1",
 ]

@@ -32,13 +32,15 @@ class TagGrammar:
         return frozenset(self.follows) - {"start"}
 
 
-SEARCH_R1_GRAMMAR = TagGrammar({
-    "start": frozenset({"think"}),
-    "think": frozenset({"search", "answer"}),
-    "search": frozenset({"information"}),
-    "information": frozenset({"think"}),
-    "answer": frozenset({"end"}),
-})
+SEARCH_R1_GRAMMAR = TagGrammar(
+    {
+        "start": frozenset({"think"}),
+        "think": frozenset({"search", "answer"}),
+        "search": frozenset({"information"}),
+        "information": frozenset({"think"}),
+        "answer": frozenset({"end"}),
+    }
+)
 """think -> (search -> information -> think)* -> answer (Search-R1's format-aware reward, arXiv 2505.15117)."""
 
 
@@ -54,7 +56,7 @@ def tag_trace_ok(text: str, grammar: TagGrammar = SEARCH_R1_GRAMMAR) -> bool:
                 return False
             before, inside = tag, ""
         else:
-            if closing or tag not in grammar.follows[before] or text[end:match.start()].strip():
+            if closing or tag not in grammar.follows[before] or text[end : match.start()].strip():
                 return False
             inside = tag
         end = match.end()

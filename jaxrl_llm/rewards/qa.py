@@ -90,8 +90,15 @@ def substring_match(pred: str, golds: Sequence[str], *, style: Style = "squad") 
     return float(any(gold in text for gold in _normalized_golds(golds, style, allow_empty=False)))
 
 
-def token_f1(pred: str, golds: Sequence[str], *, kind: Literal["multiset", "set"] = "multiset", style: Style = "squad",
-             yes_no_rule: bool = False, empty_rule: Literal["zero", "equal"] = "zero") -> float:
+def token_f1(
+    pred: str,
+    golds: Sequence[str],
+    *,
+    kind: Literal["multiset", "set"] = "multiset",
+    style: Style = "squad",
+    yes_no_rule: bool = False,
+    empty_rule: Literal["zero", "equal"] = "zero",
+) -> float:
     """Largest F1 of the words of `pred` with those of a gold, as multisets or as sets.
 
     Args:
@@ -133,8 +140,16 @@ def retrieval_hit(passages: Sequence[str], golds: Sequence[str], *, k: int, styl
     return float(any(gold in text for gold in wanted for text in texts))
 
 
-def em_format_reward(spans: Sequence[Span], golds: Sequence[str], *, structure: float = 0.2, final: float = 0.1,
-                     retrieval: float = 0.0, min_answers: int = 1, grammar: TagGrammar = SEARCH_R1_GRAMMAR) -> float:
+def em_format_reward(
+    spans: Sequence[Span],
+    golds: Sequence[str],
+    *,
+    structure: float = 0.2,
+    final: float = 0.1,
+    retrieval: float = 0.0,
+    min_answers: int = 1,
+    grammar: TagGrammar = SEARCH_R1_GRAMMAR,
+) -> float:
     """Search-R1's format-aware reward (Jin et al. 2025, arXiv 2505.15117) of one trajectory.
 
     | answer | grammar holds | grammar broken |

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxrl_kernels import filter_logits, sample_tokens
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxrl_kernels import filter_logits, sample_tokens
 from jaxrl_llm.models.decoder import Cache, Model
 from jaxrl_llm.types import Decoding, Params, Rollout
 
@@ -53,9 +53,21 @@ class Slots(NamedTuple):
 
 
 def rollout(
-    model: Model, params: Params, env: Any, tasks: PyTree, key: jax.Array, *, max_length: int, max_turns: int,
-    max_turn_tokens: int, stop_sequences: Sequence[Sequence[int]] = (), decoding: Decoding = Decoding(), group_size: int = 1,
-    num_slots: int = 64, window: int = 1, wait_fraction: float = 0.125,
+    model: Model,
+    params: Params,
+    env: Any,
+    tasks: PyTree,
+    key: jax.Array,
+    *,
+    max_length: int,
+    max_turns: int,
+    max_turn_tokens: int,
+    stop_sequences: Sequence[Sequence[int]] = (),
+    decoding: Decoding = Decoding(),
+    group_size: int = 1,
+    num_slots: int = 64,
+    window: int = 1,
+    wait_fraction: float = 0.125,
 ) -> Rollout:
     """Plays `group_size` episodes of every task and returns them with a group's episodes side by side.
 
@@ -81,15 +93,23 @@ def rollout(
       ValueError: a prompt leaves no room in `max_length`, or a size is not positive.
     """
     num_tasks = jax.tree.leaves(tasks)[0].shape[0]
-    _check_sizes(num_tasks=num_tasks, max_turns=max_turns, max_turn_tokens=max_turn_tokens, group_size=group_size,
-                 num_slots=num_slots, window=window)
+    _check_sizes(
+        num_tasks=num_tasks,
+        max_turns=max_turns,
+        max_turn_tokens=max_turn_tokens,
+        group_size=group_size,
+        num_slots=num_slots,
+        window=window,
+    )
     num_rows, num_slots = num_tasks * group_size, min(num_slots, num_tasks * group_size)
     env_key, token_key = jax.random.split(key)
     # the environment's randomness belongs to the task: all episodes of a group start alike
     states, prompts, prompt_lengths = jax.vmap(env.reset)(jax.random.split(env_key, num_tasks), tasks)
     if prompts.shape[1] >= max_length:
-        raise ValueError(f"prompts of up to {prompts.shape[1]} tokens leave no room in max_length={max_length}; "
-                         "raise max_length or shorten the prompts")
+        raise ValueError(
+            f"prompts of up to {prompts.shape[1]} tokens leave no room in max_length={max_length}; "
+            "raise max_length or shorten the prompts"
+        )
     prompt_cache = _prefill(model, params, prompts, prompt_lengths, num_slots)
     stops = _pad_stops(stop_sequences)
     group_of = jnp.arange(num_rows + 1) // group_size  # one row more: the empty slot's
@@ -115,12 +135,15 @@ def rollout(
             turn_start=jnp.where(fresh, length, slots.turn_start),
             waiting=slots.waiting & ~fresh,
             env_state=_select(fresh, jax.tree.map(lambda x: x[group], states), slots.env_state),
-            cache=jax.tree.map(copy_prompt, slots.cache, prompt_cache))
+            cache=jax.tree.map(copy_prompt, slots.cache, prompt_cache),
+        )
         return slots, next_row + jnp.sum(fresh)
 
     def step_environment(written: Written, slots: Slots) -> tuple[Written, Slots]:
         offsets = jnp.arange(max_turn_tokens)
-        turn_tokens = written.tokens.at[slots.row[:, None], slots.turn_start[:, None] + offsets].get(mode="fill", fill_value=0)
+        turn_tokens = written.tokens.at[slots.row[:, None], slots.turn_start[:, None] + offsets].get(
+            mode="fill", fill_value=0
+        )
         turn_lengths = jnp.where(slots.waiting, slots.known - slots.turn_start, 0)
         turn_tokens = jnp.where(offsets < turn_lengths[:, None], turn_tokens, 0)
         env_state, observation, length, reward, done = jax.vmap(env.step)(slots.env_state, turn_tokens, turn_lengths)
@@ -137,14 +160,16 @@ def rollout(
             lengths=written.lengths.at[rows].set(known, mode="drop"),
             turn_rewards=written.turn_rewards.at[rows, slots.turn].set(reward, mode="drop"),
             turn_mask=written.turn_mask.at[rows, slots.turn].set(True, mode="drop"),
-            truncated=written.truncated.at[rows].set(over & ~done, mode="drop"))
+            truncated=written.truncated.at[rows].set(over & ~done, mode="drop"),
+        )
         return written, slots._replace(
             row=jnp.where(over, num_rows, slots.row),
             known=known,
             turn=slots.turn + slots.waiting,
             turn_start=jnp.where(slots.waiting, known, slots.turn_start),
             waiting=jnp.zeros_like(slots.waiting),
-            env_state=_select(slots.waiting, env_state, slots.env_state))
+            env_state=_select(slots.waiting, env_state, slots.env_state),
+        )
 
     def decode(width: int, written: Written, slots: Slots) -> tuple[Written, Slots]:
         active = (slots.row < num_rows) & ~slots.waiting
@@ -165,7 +190,8 @@ def rollout(
             tokens=written.tokens.at[rows, slots.known].set(token, mode="drop"),
             mask=written.mask.at[rows, slots.known].set(True, mode="drop"),
             logprobs=written.logprobs.at[rows, slots.known].set(logprob, mode="drop"),
-            turn_ids=written.turn_ids.at[rows, slots.known].set(slots.turn, mode="drop"))
+            turn_ids=written.turn_ids.at[rows, slots.known].set(slots.turn, mode="drop"),
+        )
         known = slots.known + sampling
         turn_length = known - slots.turn_start
         stopped = _ends_with(written.tokens, slots.row, known, turn_length, stops)
@@ -201,13 +227,19 @@ def rollout(
         lengths=prompt_lengths[rows // group_size],
         turn_rewards=jnp.zeros((num_rows, max_turns), jnp.float32),
         turn_mask=jnp.zeros((num_rows, max_turns), bool),
-        truncated=jnp.zeros(num_rows, bool))
+        truncated=jnp.zeros(num_rows, bool),
+    )
     zeros = jnp.zeros(num_slots, jnp.int32)
     slots = Slots(
-        row=jnp.full(num_slots, num_rows, jnp.int32), known=zeros, fed=zeros, turn=zeros, turn_start=zeros,
+        row=jnp.full(num_slots, num_rows, jnp.int32),
+        known=zeros,
+        fed=zeros,
+        turn=zeros,
+        turn_start=zeros,
         waiting=jnp.zeros(num_slots, bool),
         env_state=jax.tree.map(lambda x: jnp.zeros((num_slots, *x.shape[1:]), x.dtype), states),
-        cache=model.init_cache(num_slots, max_length, prompt_cache[0]["keys"].dtype))
+        cache=model.init_cache(num_slots, max_length, prompt_cache[0]["keys"].dtype),
+    )
 
     def unfinished(carry):
         _, slots, next_row = carry
@@ -223,10 +255,20 @@ def _finish(written: Written, prompt_lengths, group_ids, decoding: Decoding) -> 
     scorable = ~jnp.any(jnp.isnan(written.turn_rewards) & written.turn_mask, axis=1)
     turn_rewards = jnp.where(written.turn_mask & scorable[:, None], written.turn_rewards, 0)
     return Rollout(
-        tokens=jnp.where(inside, written.tokens, 0), lengths=written.lengths, prompt_lengths=prompt_lengths,
-        mask=written.mask, logprobs=written.logprobs, turn_ids=written.turn_ids, group_ids=group_ids,
-        rewards=jnp.sum(turn_rewards, axis=1), scorable=scorable, turn_rewards=turn_rewards, turn_mask=written.turn_mask,
-        truncated=written.truncated, decoding=decoding)
+        tokens=jnp.where(inside, written.tokens, 0),
+        lengths=written.lengths,
+        prompt_lengths=prompt_lengths,
+        mask=written.mask,
+        logprobs=written.logprobs,
+        turn_ids=written.turn_ids,
+        group_ids=group_ids,
+        rewards=jnp.sum(turn_rewards, axis=1),
+        scorable=scorable,
+        turn_rewards=turn_rewards,
+        turn_mask=written.turn_mask,
+        truncated=written.truncated,
+        decoding=decoding,
+    )
 
 
 def _prefill(model: Model, params: Params, prompts, prompt_lengths, batch_size: int) -> Cache:
@@ -242,14 +284,17 @@ def _prefill(model: Model, params: Params, prompts, prompt_lengths, batch_size: 
     if prompts.shape[0] <= batch_size:
         return one_batch((prompts, prompt_lengths))
     pad = -prompts.shape[0] % batch_size
-    batches = jax.tree.map(lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, batch_size, *x.shape[1:]),
-                           (prompts, prompt_lengths))
+    batches = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, batch_size, *x.shape[1:]),
+        (prompts, prompt_lengths),
+    )
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(one_batch, batches))
 
 
 def _draw(logits, key, row, position, decoding: Decoding) -> tuple[Int[Array, "S"], Float[Array, "S"]]:
-    logits = filter_logits(logits, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p,
-                           min_p=decoding.min_p)
+    logits = filter_logits(
+        logits, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p, min_p=decoding.min_p
+    )
     if decoding.greedy:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]

@@ -12,8 +12,15 @@ from jaxrl_llm.types import Decoding, Params, Rollout
 
 
 def score_rollout(
-    model: Model, params: Params, rollout: Rollout, *, decoding: Decoding, mask: Bool[Array, "B T"] | None = None,
-    group_size: int = 1, shared_prefix: int = 0, entropy_gradient: bool = False,
+    model: Model,
+    params: Params,
+    rollout: Rollout,
+    *,
+    decoding: Decoding,
+    mask: Bool[Array, "B T"] | None = None,
+    group_size: int = 1,
+    shared_prefix: int = 0,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-prob and entropy (nats) of the rollout's tokens, 0 where `mask` is false (default: the policy's tokens).
 
@@ -26,17 +33,25 @@ def score_rollout(
         start), or `group_size` does not divide the batch.
     """
     if rollout.decoding != decoding:
-        raise ValueError(f"the rollout was sampled under {rollout.decoding} but is to be scored under {decoding}; "
-                         "score it as it was sampled, or sample again")
+        raise ValueError(
+            f"the rollout was sampled under {rollout.decoding} but is to be scored under {decoding}; "
+            "score it as it was sampled, or sample again"
+        )
     mask = rollout.mask if mask is None else mask
     hidden = rollout_hidden(model, params, rollout, group_size=group_size, shared_prefix=shared_prefix)
     # hidden[:, t] is the state that predicts tokens[:, t]
-    return token_logprobs(hidden, model.head(params), rollout.tokens, decoding=decoding, mask=mask,
-                          entropy_gradient=entropy_gradient)
+    return token_logprobs(
+        hidden, model.head(params), rollout.tokens, decoding=decoding, mask=mask, entropy_gradient=entropy_gradient
+    )
 
 
 def rollout_hidden(
-    model: Model, params: Params, rollout: Rollout, *, group_size: int = 1, shared_prefix: int = 0,
+    model: Model,
+    params: Params,
+    rollout: Rollout,
+    *,
+    group_size: int = 1,
+    shared_prefix: int = 0,
 ) -> Float[Array, "B T D"]:
     """The hidden state before each token: `hidden[:, t]` has seen `tokens[:, :t]`. Zeros up to the shared prefix.
 
@@ -50,8 +65,8 @@ def rollout_hidden(
         raise ValueError(f"group_size={group_size} does not divide the batch of {batch} sequences")
     if shared_prefix >= length - 1:
         raise ValueError(f"shared_prefix={shared_prefix} must leave a response in {length} tokens")
-    cache = model.init_cache(batch // group_size, length - 1)
-    _, cache = model.apply(params, tokens[::group_size, :shared_prefix], cache=cache)
+    empty = model.init_cache(batch // group_size, length - 1)
+    _, cache = model.apply(params, tokens[::group_size, :shared_prefix], cache=empty)
     cache = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), cache)
     response = tokens[:, shared_prefix:-1]
     positions = jnp.broadcast_to(jnp.arange(shared_prefix, length - 1), response.shape)

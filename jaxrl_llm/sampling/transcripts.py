@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxrl_llm.models.tokenizer import Tokenizer
 from jaxrl_llm.types import Rollout, Span
@@ -29,17 +30,21 @@ def rollout_spans(sampled: Rollout, row: int, tokenizer: Tokenizer) -> list[Span
     return spans
 
 
-def transcripts(sampled: Rollout, tokenizer: Tokenizer, **columns: Sequence[Any]) -> Iterator[dict[str, Any]]:
+def transcripts(sampled: Rollout, tokenizer: Tokenizer, **columns: ArrayLike) -> Iterator[dict[str, Any]]:
     """One JSON-ready dict per sequence: `reward`, `truncated`, `spans` (role and text), and a value of each of `columns`."""
     sampled = jax.device_get(sampled)
     for row in range(len(sampled.lengths)):
         spans = [span._asdict() for span in rollout_spans(sampled, row, tokenizer)]
         extra = {name: np.asarray(column)[row].item() for name, column in columns.items()}
-        yield {"reward": float(sampled.rewards[row]) if sampled.scorable[row] else None,
-               "truncated": bool(sampled.truncated[row]), **extra, "spans": spans}
+        yield {
+            "reward": float(sampled.rewards[row]) if sampled.scorable[row] else None,
+            "truncated": bool(sampled.truncated[row]),
+            **extra,
+            "spans": spans,
+        }
 
 
-def write_transcripts(path: str | Path, sampled: Rollout, tokenizer: Tokenizer, **columns: Sequence[Any]) -> None:
+def write_transcripts(path: str | Path, sampled: Rollout, tokenizer: Tokenizer, **columns: ArrayLike) -> None:
     """Writes `transcripts` as JSON lines."""
     lines = [json.dumps(line, ensure_ascii=False) for line in transcripts(sampled, tokenizer, **columns)]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -10,9 +10,17 @@ from jaxrl_kernels.sampling import filter_logits
 
 
 def fused_logprob(
-    hidden: Float[Array, "N D"], head: Float[Array, "V D"], targets: Int[Array, "N"], *, temperature: float = 1.0,
-    top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0, needed: Bool[Array, "N"] | None = None,
-    entropy_gradient: bool = False, chunk: int = 512,
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "N"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    needed: Bool[Array, "N"] | None = None,
+    entropy_gradient: bool = False,
+    chunk: int = 512,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """Log-probability of `targets` and entropy (nats) under `softmax(hidden @ head.T / temperature)`, filtered.
 
@@ -23,7 +31,6 @@ def fused_logprob(
     backward pass costs as much again. All in float32.
     """
     num_rows = hidden.shape[0]
-    order = None
     if needed is not None:
         order = jnp.argsort(~needed, stable=True)
         # a row that is not needed may hold anything, NaN included: 0 * NaN would reach the gradient of the head
@@ -34,28 +41,30 @@ def fused_logprob(
     count = num_rows if needed is None else jnp.sum(needed)
     starts = jnp.arange(hidden.shape[0]) * chunk
 
-    @jax.checkpoint
     def score(rows, row_targets):
         logits = jnp.einsum("nd,vd->nv", rows, head, preferred_element_type=jnp.float32) / temperature
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, row_targets[:, None], axis=-1)[:, 0]
         free = logits if entropy_gradient else jax.lax.stop_gradient(logits)
-        probs = jax.nn.softmax(free, axis=-1)
-        entropy = jax.nn.logsumexp(free, axis=-1) - jnp.sum(probs * free, axis=-1)
+        entropy = jax.nn.logsumexp(free, axis=-1) - jnp.sum(jax.nn.softmax(free, axis=-1) * free, axis=-1)
         if top_k is not None or top_p < 1 or min_p > 0:
             kept = filter_logits(jax.lax.stop_gradient(logits), top_k=top_k, top_p=top_p, min_p=min_p, keep=row_targets)
             normalizer = jax.nn.logsumexp(jnp.where(jnp.isfinite(kept), logits, -1e30), axis=-1)
         return picked - normalizer, entropy
 
+    def skip(rows, row_targets):
+        return jnp.zeros(chunk), jnp.zeros(chunk)
+
+    # Around the cond, not inside it: a cond hands on what its branches read, the whole head, once for every chunk.
+    @jax.checkpoint
     def body(_, block):
         start, rows, row_targets = block
-        skip = lambda rows, _: (jnp.zeros(chunk), jnp.zeros(chunk))  # noqa: E731
         return None, jax.lax.cond(start < count, score, skip, rows, row_targets)
 
     _, (logprobs, entropy) = jax.lax.scan(body, None, (starts, hidden, targets))
     logprobs, entropy = logprobs.reshape(-1)[:num_rows], entropy.reshape(-1)[:num_rows]
-    if order is not None:
-        inverse = jnp.argsort(order)
+    if needed is not None:
+        inverse = jnp.argsort(jnp.argsort(~needed, stable=True))
         logprobs = jnp.where(needed, logprobs[inverse], 0)
         entropy = jnp.where(needed, entropy[inverse], 0)
     return logprobs, entropy

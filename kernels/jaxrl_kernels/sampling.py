@@ -10,8 +10,13 @@ BLOCK = 128
 
 
 def filter_logits(
-    logits: Float[Array, "N V"], *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
-    min_p: float = 0.0, keep: Int[Array, "N"] | None = None,
+    logits: Float[Array, "N V"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    keep: Int[Array, "N"] | None = None,
 ) -> Float[Array, "N V"]:
     """Logits over `temperature`, minus infinity where a filter excludes the token. Float32.
 

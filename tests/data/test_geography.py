@@ -20,11 +20,13 @@ def test_passages():
     titles, passages = geography.geography_passages()
     assert (len(countries), len(cities), len(passages)) == (246, 6079, 6325)
     assert passages[titles.index("Kenya")] == (
-        "Kenya is a country. Capital Nairobi, continent Africa, currency Shilling, domain .ke, language en.")
+        "Kenya is a country. Capital Nairobi, continent Africa, currency Shilling, domain .ke, language en."
+    )
     assert passages[titles.index("Nairobi")] == "Nairobi is a city in Kenya, time zone Africa/Nairobi."
     nowhere = countries[0]._replace(domain="", language="")
-    assert geography.country_passage(nowhere) == ("Andorra is a country. Capital Andorra la Vella, continent Europe, "
-                                                  "currency Euro.")
+    assert geography.country_passage(nowhere) == (
+        "Andorra is a country. Capital Andorra la Vella, continent Europe, currency Euro."
+    )
     assert not any("  " in passage for passage in passages)
 
 
@@ -36,10 +38,22 @@ def test_questions_are_those_asked_for():
         Question("What is the currency of Kenya?", ("Shilling",), 1, "currency", ("Kenya",), (kenya,)),
         Question("Which country does Nairobi lie in?", ("Kenya",), 1, "country", ("Nairobi",), (nairobi,)),
         Question("What is the time zone of Nairobi?", ("Africa/Nairobi",), 1, "time zone", ("Nairobi",), (nairobi,)),
-        Question("What is the currency of the country that Nairobi lies in?", ("Shilling",), 2, "currency",
-                 ("Nairobi", "Kenya"), (nairobi, kenya)),
-        Question("What is the time zone of the capital of the country that Mombasa lies in?", ("Africa/Nairobi",), 3,
-                 "time zone", ("Mombasa", "Kenya", "Nairobi"), (mombasa, kenya, nairobi)),
+        Question(
+            "What is the currency of the country that Nairobi lies in?",
+            ("Shilling",),
+            2,
+            "currency",
+            ("Nairobi", "Kenya"),
+            (nairobi, kenya),
+        ),
+        Question(
+            "What is the time zone of the capital of the country that Mombasa lies in?",
+            ("Africa/Nairobi",),
+            3,
+            "time zone",
+            ("Mombasa", "Kenya", "Nairobi"),
+            (mombasa, kenya, nairobi),
+        ),
     ]:
         assert found[expected.question] == expected
 

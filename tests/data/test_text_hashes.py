@@ -20,7 +20,7 @@ device_hash = jax.jit(lambda tokens, stop, start: answer_hash(TABLE, tokens, sto
 
 def hash_of(tokens, before=()):
     row = np.full(WIDTH, 5, np.int32)  # what lies outside must not matter
-    row[:len(before) + len(tokens)] = [*before, *tokens]
+    row[: len(before) + len(tokens)] = [*before, *tokens]
     return np.asarray(device_hash(jnp.array(row), len(before) + len(tokens), len(before)))
 
 
@@ -41,10 +41,12 @@ def spelled(draw, text):
         else:  # letter by letter, ASCII ones as bytes
             out += [TOKENIZER.pieces.index("▁")] + [
                 BYTES + ord(c) if c.isascii() else TOKENIZER.pieces.index(c)
-                for c in word if c.isascii() or c in TOKENIZER.pieces]
+                for c in word
+                if c.isascii() or c in TOKENIZER.pieces
+            ]
         if draw(st.integers(0, 3)) == 0:
             out += TOKENIZER.encode(draw(st.sampled_from(["the", "a", "An", "...", "A.", "x"])))
-    return out[:WIDTH - 1]
+    return out[: WIDTH - 1]
 
 
 @given(st.data())
@@ -56,10 +58,14 @@ def test_answers_that_look_different_match_as_on_the_host(data):
     assert (hash_of(tokens) == answer_text_hash(gold)).all() == expected
 
 
-token_lists = st.lists(st.one_of(
-    st.integers(0, BYTES + 127), st.integers(BYTES + 256, TOKENIZER.vocab_size - 1),
-    st.sampled_from([TOKENIZER.pieces.index(piece) for piece in ("▁", "▁the", "▁a", "a", "n", ".", "▁in")]),
-), max_size=8)
+token_lists = st.lists(
+    st.one_of(
+        st.integers(0, BYTES + 127),
+        st.integers(BYTES + 256, TOKENIZER.vocab_size - 1),
+        st.sampled_from([TOKENIZER.pieces.index(piece) for piece in ("▁", "▁the", "▁a", "a", "n", ".", "▁in")]),
+    ),
+    max_size=8,
+)
 
 
 @given(token_lists, token_lists, st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=4))
@@ -71,8 +77,9 @@ def test_random_tokens_match_as_on_the_host(tokens, others, before):
     assert (hash_of(tokens, before) == answer_text_hash(texts[0])).all()
 
 
-@given(st.lists(st.integers(BYTES, BYTES + 255), min_size=1, max_size=12),
-       st.sampled_from(["The", "Bogotá", "Ürümqi", ""]))
+@given(
+    st.lists(st.integers(BYTES, BYTES + 255), min_size=1, max_size=12), st.sampled_from(["The", "Bogotá", "Ürümqi", ""])
+)
 def test_broken_characters_never_match_by_accident(tokens, gold):
     """A device match is a host match. The reverse need not hold: bytes may spell a character that the host decodes."""
     tokens = TOKENIZER.encode(gold)[:-1] + tokens

@@ -9,8 +9,10 @@ from jaxrl_llm.data.worlds.geography import CORRECTION, geography_passages, make
 from jaxrl_llm.data.worlds.tokenizer import geography_tokenizer
 from jaxrl_llm.models.tokenizer import load_tokenizer
 
-TURNS = ("<think> I need the country.</think><search> Nairobi</search><information> Nairobi is a city in Kenya, time "
-         "zone Africa/Nairobi.</information><answer> .ke</answer><eos>")
+TURNS = (
+    "<think> I need the country.</think><search> Nairobi</search><information> Nairobi is a city in Kenya, time "
+    "zone Africa/Nairobi.</information><answer> .ke</answer><eos>"
+)
 
 
 def committed():
@@ -19,7 +21,7 @@ def committed():
 
 def test_special_tokens():
     tokenizer = geography_tokenizer()
-    assert tokenizer.vocab_size == len(tokenizer.pieces) == 2048
+    assert tokenizer.vocab_size == len(tokenizer.pieces) == 8192
     assert tokenizer.special_ids == {token: i for i, token in enumerate(train_tokenizer.SPECIAL_TOKENS)}
     assert tokenizer.special_ids["<pad>"] == 0
     for token, i in tokenizer.special_ids.items():

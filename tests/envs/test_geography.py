@@ -26,7 +26,7 @@ def padded(rows):
     """Turns as an array, with other tokens behind their ends, which must not matter."""
     out = np.full((len(rows), WIDTH), TOKENIZER.special_ids["</answer>"], np.int32)
     for i, row in enumerate(rows):
-        out[i, :len(row)] = row
+        out[i, : len(row)] = row
     return jnp.array(out), jnp.array([len(row) for row in rows], jnp.int32)
 
 
@@ -38,14 +38,31 @@ def scripted_turn(rng, question, turn):
     other = titles[rng.integers(len(titles))]
     gold = question.answers[0]
     texts = [
-        f"<think> {other}</think>{oracle}", f"<search>{right} {other}</search>", f"<search> {other}</search>",
-        f"<search> the {right.upper()}!</search>", f"<search> {question.question}</search>", "<search></search>",
-        "<search> qqq</search>", f"<answer> The {gold.upper()}.</answer>", f"<answer> {other}</answer>",
-        "<answer></answer>", f"<search> {right}", f"{right}</search>", f"</search> {right}<search>", f"<answer> {gold}",
-        right, "", f"<search> {other}<search> {right}</search></search>", f"<search> {other}<answer> {gold}</answer>",
-        f"<search><answer> {gold}</answer></search>", f"<answer> {other}</answer>{oracle}",
-        f"<search> {right}</search><search> {other}</search>", f"{oracle} and more", f"<answer> {other}<eos>",
-        f"<information> {gold}</information>", f"<answer> {gold}<answer></answer>",
+        f"<think> {other}</think>{oracle}",
+        f"<search>{right} {other}</search>",
+        f"<search> {other}</search>",
+        f"<search> the {right.upper()}!</search>",
+        f"<search> {question.question}</search>",
+        "<search></search>",
+        "<search> qqq</search>",
+        f"<answer> The {gold.upper()}.</answer>",
+        f"<answer> {other}</answer>",
+        "<answer></answer>",
+        f"<search> {right}",
+        f"{right}</search>",
+        f"</search> {right}<search>",
+        f"<answer> {gold}",
+        right,
+        "",
+        f"<search> {other}<search> {right}</search></search>",
+        f"<search> {other}<answer> {gold}</answer>",
+        f"<search><answer> {gold}</answer></search>",
+        f"<answer> {other}</answer>{oracle}",
+        f"<search> {right}</search><search> {other}</search>",
+        f"{oracle} and more",
+        f"<answer> {other}<eos>",
+        f"<information> {gold}</information>",
+        f"<answer> {gold}<answer></answer>",
         f"<search> {' '.join(titles[i] for i in rng.integers(len(titles), size=5))}</search>",
     ]
     kind = rng.random()
@@ -54,12 +71,13 @@ def scripted_turn(rng, question, turn):
     if kind < 0.9:
         return TOKENIZER.encode(texts[rng.integers(len(texts))])[:WIDTH]
     tags = [TOKENIZER.special_ids[tag] for tag in TAGS]
-    words = TOKENIZER.encode(f"{right} {other} {gold} the") + rng.integers(266, 2048, 4).tolist()
+    words = TOKENIZER.encode(f"{right} {other} {gold} the") + rng.integers(266, TOKENIZER.vocab_size, 4).tolist()
     return [int(rng.choice(tags if rng.random() < 0.4 else words)) for _ in range(rng.integers(1, 14))]
 
 
-@pytest.mark.parametrize(("max_searches", "search_enabled", "num_passages"),
-                         [(3, True, 1), (1, True, 3), (2, False, 1)])
+@pytest.mark.parametrize(
+    ("max_searches", "search_enabled", "num_passages"), [(3, True, 1), (1, True, 3), (2, False, 1)]
+)
 def test_device_and_host_environments_agree(max_searches, search_enabled, num_passages):
     options = {"max_searches": max_searches, "search_enabled": search_enabled, "num_passages": num_passages}
     env, host = make_geography_env(TOKENIZER, **options), make_geography_host_env(**options)
@@ -70,7 +88,7 @@ def test_device_and_host_environments_agree(max_searches, search_enabled, num_pa
     for i, question in enumerate(questions):
         host_state, prompt = host.reset(question)
         host_states.append(host_state)
-        assert prompts[i, :lengths[i]].tolist() == TOKENIZER.encode(prompt)
+        assert prompts[i, : lengths[i]].tolist() == TOKENIZER.encode(prompt)
     compared = 0
     for turn in range(max_searches + 1):
         rows = [scripted_turn(rng, question, turn) for question in questions]
@@ -78,7 +96,7 @@ def test_device_and_host_environments_agree(max_searches, search_enabled, num_pa
         assert observations.shape == (EPISODES, env.max_observation) and rewards.dtype == np.float32
         for i in (i for i in range(EPISODES) if running[i]):
             host_states[i], observation, reward, over = host.step(host_states[i], TOKENIZER.decode(rows[i]))
-            assert observations[i, :lengths[i]].tolist() == TOKENIZER.encode(observation), TOKENIZER.decode(rows[i])
+            assert observations[i, : lengths[i]].tolist() == TOKENIZER.encode(observation), TOKENIZER.decode(rows[i])
             assert (rewards[i], done[i]) == (reward, over), TOKENIZER.decode(rows[i])
             running[i] = not over
             compared += 1
@@ -99,20 +117,30 @@ def play(env, question, turns):
 
 
 def test_an_episode():
-    question = next(q for q in make_questions("train", 2, None)
-                    if q.question == "What is the currency of the country that Nairobi lies in?")
+    question = next(
+        q
+        for q in make_questions("train", 2, None)
+        if q.question == "What is the currency of the country that Nairobi lies in?"
+    )
     nairobi = "<information> Nairobi is a city in Kenya, time zone Africa/Nairobi.</information>"
-    kenya = ("<information> Kenya is a country. Capital Nairobi, continent Africa, currency Shilling, domain .ke, "
-             "language en.</information>")
+    kenya = (
+        "<information> Kenya is a country. Capital Nairobi, continent Africa, currency Shilling, domain .ke, "
+        "language en.</information>"
+    )
     env = dataclasses.replace(DEFAULT, max_searches=2)
     turns = ["<search> Nairobi</search>", "<search> Kenya</search>", "<answer> Shilling</answer>"]
     assert play(env, question, turns) == [(nairobi, 0.0, False), (kenya, 0.0, False), ("", 1.0, True)]
     assert play(env, question, ["I do not know", "<search> Kenya", "<search> Kenya</search>"]) == [
-        (CORRECTION, 0.0, False), (CORRECTION, 0.0, False), ("", 0.0, True)]
+        (CORRECTION, 0.0, False),
+        (CORRECTION, 0.0, False),
+        ("", 0.0, True),
+    ]
     assert play(env, question, ["<answer> Dollar</answer>"]) == [("", 0.0, True)]
     blind = dataclasses.replace(DEFAULT, max_searches=1, search_enabled=False)
     assert play(blind, question, ["<search> Nairobi</search>", "<answer> Shilling</answer>"]) == [
-        ("<information></information>", 0.0, False), ("", 1.0, True)]
+        ("<information></information>", 0.0, False),
+        ("", 1.0, True),
+    ]
 
 
 def test_the_oracle_always_succeeds():
@@ -122,8 +150,10 @@ def test_the_oracle_always_succeeds():
     state, _, _ = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), len(questions)), tasks)
     total, ended = np.zeros(len(questions)), np.zeros(len(questions), bool)
     for turn in range(4):
-        texts = [f"<search> {q.path[turn]}</search>" if turn < q.hops else f"<answer> {q.answers[0]}</answer>"
-                 for q in questions]
+        texts = [
+            f"<search> {q.path[turn]}</search>" if turn < q.hops else f"<answer> {q.answers[0]}</answer>"
+            for q in questions
+        ]
         rows = TOKENIZER.encode_batch(texts)
         state, _, _, rewards, done = step(env, state, *padded(rows))
         total += np.where(ended, 0, rewards)
@@ -149,7 +179,8 @@ def test_arrays_are_arguments_of_a_compiled_step():
     task = jax.tree.map(lambda x: x[0], encode_tasks(questions_of(3), TOKENIZER))
     state, _, _ = env.reset(jax.random.key(0), task)
     jaxpr = jax.make_jaxpr(lambda env, state, tokens, n: env.step(state, tokens, n))(
-        env, state, jnp.zeros(WIDTH, jnp.int32), jnp.int32(3))
+        env, state, jnp.zeros(WIDTH, jnp.int32), jnp.int32(3)
+    )
     assert sum(np.size(const) for const in jaxpr.consts) < 1000
     assert sum(leaf.size for leaf in jax.tree.leaves(env)) > 100_000
 

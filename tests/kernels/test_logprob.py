@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxrl_kernels import filter_logits, fused_logprob
 
 N, D, V, CHUNK = 37, 16, 211, 8  # neither the rows nor the vocabulary divide into chunks
@@ -12,8 +13,12 @@ N, D, V, CHUNK = 37, 16, 211, 8  # neither the rows nor the vocabulary divide in
 @pytest.fixture(scope="module")
 def inputs():
     rng = np.random.default_rng(0)
-    return (rng.normal(size=(N, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32),
-            rng.integers(0, V, N).astype(np.int32), rng.random(N) < 0.6)
+    return (
+        rng.normal(size=(N, D)).astype(np.float32),
+        rng.normal(size=(V, D)).astype(np.float32),
+        rng.integers(0, V, N).astype(np.int32),
+        rng.random(N) < 0.6,
+    )
 
 
 def plain(hidden, head, targets, temperature=1.0):
@@ -74,7 +79,9 @@ def test_rows_that_are_not_needed_are_never_read(inputs):
     assert np.all(np.asarray(grad)[~needed] == 0) and np.all(np.isfinite(np.asarray(grad)[needed]))
 
 
-@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}])
+@pytest.mark.parametrize(
+    "filters", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}]
+)
 def test_filtered_logprobs_are_renormalized(inputs, filters):
     hidden, head, targets, _ = inputs
     logits = 0.3 * hidden @ head.T
@@ -91,7 +98,13 @@ def test_all_logits_never_exist():
     def loss(hidden, head, targets):
         return jnp.sum(fused_logprob(hidden, head, targets, chunk=64)[0])
 
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
-        jax.ShapeDtypeStruct((rows, width), jnp.float32), jax.ShapeDtypeStruct((vocab, width), jnp.float32),
-        jax.ShapeDtypeStruct((rows,), jnp.int32)).compile()
+    compiled = (
+        jax.jit(jax.grad(loss, argnums=(0, 1)))
+        .lower(
+            jax.ShapeDtypeStruct((rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+        )
+        .compile()
+    )
     assert compiled.memory_analysis().temp_size_in_bytes < rows * vocab * 4 / 8

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from jaxrl_kernels import filter_logits, sample_tokens
 
 V = 300  # two whole blocks and a part
@@ -33,7 +34,9 @@ def test_frequencies():
     """One draw a row over 20,000 rows: counts within five standard errors of the exact probabilities."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=V) * 2, jnp.float32)
     num = 20_000
-    tokens, _ = jax.jit(sample_tokens)(jnp.broadcast_to(logits, (num, V)), jax.random.uniform(jax.random.key(0), (num,)))
+    tokens, _ = jax.jit(sample_tokens)(
+        jnp.broadcast_to(logits, (num, V)), jax.random.uniform(jax.random.key(0), (num,))
+    )
     probs = np.asarray(jax.nn.softmax(logits))
     counts = np.bincount(tokens, minlength=V) / num
     assert np.all(np.abs(counts - probs) < 5 * np.sqrt(probs / num) + 1 / num)

@@ -31,7 +31,7 @@ def test_cache_step_by_step_equals_one_pass(params, tokens):
     states = []
     for start, width in ((0, 5), (5, 1), (6, 4), (10, 2)):
         positions = jnp.broadcast_to(jnp.arange(start, start + width), (BATCH, width))
-        hidden, cache = MODEL.apply(params, tokens[:, start:start + width], positions=positions, cache=cache)
+        hidden, cache = MODEL.apply(params, tokens[:, start : start + width], positions=positions, cache=cache)
         states.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(states, 1), whole, atol=2e-5)
 
@@ -70,8 +70,9 @@ def test_only_relative_positions_matter(params, tokens):
 
 
 def test_untied_head_and_count(params):
-    untied = make_decoder(DecoderConfig(vocab_size=50, width=32, num_heads=4, num_kv_heads=4, ffn_width=48,
-                                        tie_embeddings=False))
+    untied = make_decoder(
+        DecoderConfig(vocab_size=50, width=32, num_heads=4, num_kv_heads=4, ffn_width=48, tie_embeddings=False)
+    )
     own = untied.init(jax.random.key(0))
     assert untied.head(own).shape == (50, 32) and untied.head(own) is not own["embedding"]
     attention, ffn = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48
@@ -87,7 +88,9 @@ def test_parameters_round_trip(params, tmp_path):
     wider = make_decoder(DecoderConfig(vocab_size=51, width=32, num_heads=4, num_kv_heads=2, ffn_width=48))
     with pytest.raises(ValueError, match=r"embedding has shape .*50, 32.* wants .*51, 32"):
         load_params(path, jax.eval_shape(wider.init, jax.random.key(0)))
-    deeper = make_decoder(DecoderConfig(vocab_size=50, width=32, num_layers=3, num_heads=4, num_kv_heads=2, ffn_width=48))
+    deeper = make_decoder(
+        DecoderConfig(vocab_size=50, width=32, num_layers=3, num_heads=4, num_kv_heads=2, ffn_width=48)
+    )
     with pytest.raises(ValueError, match=r"lacks .*layers\.2"):
         load_params(path, jax.eval_shape(deeper.init, jax.random.key(0)))
     with pytest.raises(ValueError, match="do not fit the module"):

@@ -1,8 +1,59 @@
-"""The definitions once more, in plain Python and float64, one loop per sum: what the ops are compared with."""
+"""The definitions once more, in plain Python and float64, one loop per sum: what the ops are compared with.
+
+Float32 resolves 6e-8; the sums are of at most 30 terms of size one, so TOLERANCE leaves room for exp and for division
+by a small std, and for nothing else.
+"""
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+B, T, K, V = 5, 6, 3, 4
+RNG = np.random.default_rng(3)
+MASK = np.array(
+    [[0, 1, 1, 0, 1, 0], [1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]], bool
+)
+X, WEIGHTS, VALUES = RNG.normal(size=(B, T)), RNG.uniform(0.5, 2, (B, T)), RNG.normal(size=(B, T))
+LOGPROBS = -RNG.uniform(0.1, 3, (B, T))
+OLD = LOGPROBS + 0.25 * RNG.normal(size=(B, T))
+ADVANTAGES = RNG.normal(size=(B, T))
+REWARDS, IDS = RNG.normal(size=B), np.array([4, 4, 4, -3, -3])
+TURN_IDS = np.array(
+    [[-1, 0, 0, -1, 1, -1], [0, 0, -1, -1, 1, 2], [-1, -1, 0, 0, -1, -1], [-1] * 5 + [0], [0, 0, 1, 1, 2, 2]]
+)
+TURN_MASK = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 1]], bool)
+TURN_REWARDS = RNG.normal(size=(B, K))
+ROLLOUTS = np.array([0, 0, 1, 2, 2])
+AGGREGATIONS = [
+    ("token", {}),
+    ("seq", {}),
+    ("seq_sum", {}),
+    ("const", {"max_len": 7}),
+    ("rollout", {"rollout_ids": ROLLOUTS}),
+]
+
+
+def compare(function, oracle, *points, cotangent=None):
+    """Values at `points`, then the gradient with respect to each, of the dot product with a fixed cotangent."""
+    expected = np.asarray(oracle(*points))
+    weights = np.random.default_rng(0).normal(size=expected.shape) if cotangent is None else cotangent
+
+    def total(*xs):
+        value = function(*xs)
+        return jnp.sum(value * weights), value
+
+    graded = jax.jit(jax.value_and_grad(total, argnums=tuple(range(len(points))), has_aux=True))
+    (_, value), gradients = graded(*(jnp.asarray(point, jnp.float32) for point in points))
+    np.testing.assert_allclose(value, expected, **TOLERANCE)
+    for place, gradient in enumerate(gradients):
+
+        def moved(x, place=place):
+            return np.sum(np.asarray(oracle(*points[:place], x, *points[place + 1 :])) * weights)
+
+        np.testing.assert_allclose(gradient, numerical_gradient(moved, points[place]), **TOLERANCE)
 
 
 def numerical_gradient(function, x, step=1e-5):
@@ -47,7 +98,9 @@ def aggregate(x, mask, agg="token", max_len=None, rollout_ids=None):
         return total, len(filled)
     if agg == "const":
         return total, len(rows) * max_len
-    pieces = {r: sum((row for row, owner in zip(rows, rollout_ids, strict=True) if owner == r), []) for r in {*rollout_ids}}
+    pieces = {
+        r: sum((row for row, owner in zip(rows, rollout_ids, strict=True) if owner == r), []) for r in {*rollout_ids}
+    }
     return sum(mean(piece) for piece in pieces.values()), sum(bool(piece) for piece in pieces.values())
 
 
@@ -56,8 +109,9 @@ def loss(x, mask, weights=None, **options):
     return numerator / denominator if denominator else 0.0
 
 
-def group_normalize(x, ids, valid=None, center="group", scale="group", std_of="raw", ddof=1, eps=1e-6, var_eps=0.0,
-                    singleton="zero"):
+def group_normalize(
+    x, ids, valid=None, center="group", scale="group", std_of="raw", ddof=1, eps=1e-6, var_eps=0.0, singleton="zero"
+):
     n = len(x)
     valid = [True] * n if valid is None else valid
     everyone = [i for i in range(n) if valid[i]]
@@ -146,13 +200,27 @@ def dual_level(turn_rewards, turn_mask, turn_ids, group_ids, gamma=0.9, weight=0
     returns = discounted_sum(turn_rewards, turn_mask, np.full(turn_mask.shape, gamma))
     total = np.array([sum(turn_rewards[b, k] for k in actions(row)) for b, row in enumerate(turn_mask)])
     trajectory = group_normalize(total, group_ids, singleton="raw")
-    turn = np.stack([group_normalize(returns[:, k], group_ids, turn_mask[:, k], singleton="raw")
-                     for k in range(turn_mask.shape[1])], axis=1)
+    turn = np.stack(
+        [
+            group_normalize(returns[:, k], group_ids, turn_mask[:, k], singleton="raw")
+            for k in range(turn_mask.shape[1])
+        ],
+        axis=1,
+    )
     return by_turn(weight * trajectory[:, None] + (1 - weight) * turn, turn_ids)
 
 
-def prime(process, rewards, mask, group_ids, gamma_process=1.0, gamma_outcome=1.0, process_weight=1.0, outcome_weight=1.0,
-          loo="paper"):
+def prime(
+    process,
+    rewards,
+    mask,
+    group_ids,
+    gamma_process=1.0,
+    gamma_outcome=1.0,
+    process_weight=1.0,
+    outcome_weight=1.0,
+    loo="paper",
+):
     size = len(rewards)
     own = [mean(process[b, t] for t in actions(mask[b])) for b in range(size)]
     source, outcome = np.zeros(mask.shape), np.zeros(mask.shape)
@@ -165,8 +233,9 @@ def prime(process, rewards, mask, group_ids, gamma_process=1.0, gamma_outcome=1.
                 n = len(others) + 1
                 source[b, t] = process[b, t] * n / (n - 1) - (own[b] + sum(own[j] for j in others)) / (n - 1)
         outcome[b, actions(mask[b])[-1]] = rewards[b] - mean(rewards[j] for j in others)
-    returns = (process_weight * discounted_sum(source, mask, np.full(mask.shape, gamma_process))
-               + outcome_weight * discounted_sum(outcome, mask, np.full(mask.shape, gamma_outcome)))
+    returns = process_weight * discounted_sum(
+        source, mask, np.full(mask.shape, gamma_process)
+    ) + outcome_weight * discounted_sum(outcome, mask, np.full(mask.shape, gamma_outcome))
     return whiten(returns, mask)
 
 
@@ -210,8 +279,9 @@ def mirror_descent(seq, ref, rewards, group_ids, tau, form, baseline):
         group = [rewards[j] for j in range(len(seq)) if group_ids[j] == group_ids[i]]
         base = mean(group) if baseline == "mean" else tau * math.log(mean(math.exp(r / tau) for r in group))
         d = seq[i] - ref[i]
-        terms.append((rewards[i] - base - tau * d) ** 2 if form == "squared"
-                     else -(rewards[i] - base) * seq[i] + tau / 2 * d**2)
+        terms.append(
+            (rewards[i] - base - tau * d) ** 2 if form == "squared" else -(rewards[i] - base) * seq[i] + tau / 2 * d**2
+        )
     return mean(terms)
 
 

@@ -12,7 +12,10 @@ X, MASK, IDS, REWARDS = jnp.ones((4, 3)), jnp.ones((4, 3), bool), jnp.array([0, 
 BAD = [
     # shapes and types
     (lambda: ops.ppo_clip_loss(X, X, X[:, :2], MASK), r"advantages must have shape \[B, T\] with B=4, T=3 .*\[4, 2\]"),
-    (lambda: ops.grpo_advantages(REWARDS[:3], IDS, MASK), r"rewards must have shape \[B\] with B=4 as mask has, got \[3\]"),
+    (
+        lambda: ops.grpo_advantages(REWARDS[:3], IDS, MASK),
+        r"rewards must have shape \[B\] with B=4 as mask has, got \[3\]",
+    ),
     (lambda: ops.masked_mean(X, MASK[:3]), r"mask must have shape"),
     (lambda: ops.masked_mean(X, MASK.astype(jnp.float32)), r"mask must be boolean, got float32; pass mask != 0"),
     (lambda: ops.masked_mean([1.0, 2.0], MASK), r"x must be an array .* got list"),
@@ -25,7 +28,7 @@ BAD = [
     # ids that point past the values, where they can be looked at
     (lambda: ops.broadcast_values(X, jnp.full((4, 5), 3)), r"ids must be below 3, .* got 3"),
     (lambda: ops.place_turn_rewards(X, jnp.full((4, 5), 9)), r"turn_ids must be below 3, .* got 9"),
-    (lambda: ops.grpo_advantages(REWARDS, IDS, MASK, rollout_ids=IDS + 3), r"must be below 4"),
+    (lambda: ops.grpo_advantages(REWARDS, IDS, MASK, rollout_ids=IDS + 3), r"rollout_ids must be below 4"),
     # unknown options, with the choices
     (lambda: ops.reduce_loss(X, MASK, agg="mean"), r"agg must be one of 'token', 'seq', .*; got 'mean'"),
     (lambda: ops.kl_estimate(X, X, kind="k4"), r"kind must be one of 'k1', .*'k3\+'; got 'k4'"),
@@ -52,7 +55,10 @@ BAD = [
     (lambda: ops.importance_weights(X, X, MASK, cap=2.0, floor=3.0), r"floor must lie in \[0, 2\]"),
     (lambda: ops.overlong_penalty(IDS, max_len=10, buffer=11), r"buffer must lie in \[1, 10\], got 11"),
     (lambda: ops.value_loss(X, X, X, MASK, clip=0.0), r"clip must lie in"),
-    (lambda: ops.token_cross_entropy(jnp.ones((4, 3, 2)), jnp.zeros((4, 3), jnp.int32), MASK, shift=3), r"shift must lie in"),
+    (
+        lambda: ops.token_cross_entropy(jnp.ones((4, 3, 2)), jnp.zeros((4, 3), jnp.int32), MASK, shift=3),
+        r"shift must lie in",
+    ),
     # what an option needs
     (lambda: ops.aggregate_loss(X, MASK, agg="const"), r'agg="const" needs max_len'),
     (lambda: ops.aggregate_loss(X, MASK, agg="rollout"), r'agg="rollout" needs rollout_ids'),
@@ -60,8 +66,10 @@ BAD = [
     (lambda: ops.group_normalize(REWARDS[:1], IDS[:1], scale="batch"), r'scale="batch" needs at least 2 values'),
     (lambda: ops.masked_whiten(X, MASK & False), r"whitening needs at least 2 true entries of mask, got 0"),
     (lambda: ops.masked_whiten(X[:1], MASK[:1] & (jnp.arange(3) < 1)), r"at least 2 true entries of mask, got 1"),
-    (lambda: ops.mirror_descent_loss(REWARDS, REWARDS, REWARDS, jnp.array([0, 0, 0, 7]), tau=1.0),
-     r"mirror descent needs at least 2 samples per prompt, got one in group 7"),
+    (
+        lambda: ops.mirror_descent_loss(REWARDS, REWARDS, REWARDS, jnp.array([0, 0, 0, 7]), tau=1.0),
+        r"mirror descent needs at least 2 samples per prompt, got one in group 7",
+    ),
     (lambda: ops.prime_advantages(X, REWARDS, MASK, jnp.array([0, 0, 0, 7])), r"at least 2 samples per prompt"),
 ]
 
@@ -93,7 +101,7 @@ def test_what_cannot_be_looked_at_under_jit_gives_zero():
 
 
 def test_numpy_arrays_are_welcome():
-    loss, _ = ops.ppo_clip_loss(np.zeros((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3), bool))
-    assert loss == -1
-    advantages = ops.grpo_advantages(np.array([1.0, 0.0]), np.array([3, 3]), np.ones((2, 3), bool))
+    zeros, mask = np.zeros((2, 3)), np.ones((2, 3), bool)
+    assert jax.jit(lambda: ops.ppo_clip_loss(zeros, zeros, zeros + 1, mask)[0])() == -1
+    advantages = jax.jit(lambda: ops.grpo_advantages(np.array([1.0, 0.0]), np.array([3, 3]), mask))()
     np.testing.assert_allclose(advantages[:, 0], [0.707106, -0.707106], atol=2e-6)

@@ -25,15 +25,36 @@ def arrays(seed=0):
     turn_ids = np.array([[-1, 0, 0, -1, 1, -1], [0, 0, -1, -1, 1, 2], [-1, -1, 0, 0, -1, -1], [0, 0, 1, 1, 2, 2]])
     logprobs = -np.abs(normal(B, T))
     return {
-        "x": normal(B, T), "mask": mask, "weights": np.abs(normal(B, T)), "flat": normal(B), "valid": np.ones(B, bool),
-        "logprobs": logprobs, "old_logprobs": logprobs + 0.3 * normal(B, T), "advantages": normal(B, T),
-        "rewards": normal(B), "greedy_rewards": normal(B), "token_rewards": normal(B, T), "values": normal(B, T),
-        "group_ids": np.array([7, 7, -2, -2]), "rollout_ids": np.array([0, 0, 1, 2]), "slots": np.array([0, 2, 2, -1]),
-        "turn_ids": turn_ids, "turn_mask": np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], bool),
-        "turn_rewards": normal(B, K), "turn_values": normal(B, K), "decay": rng.uniform(0.5, 1, (B, T)).astype(np.float32),
-        "ratios": np.exp(0.3 * normal(B, T)), "lengths": np.array([10, 85, 95, 120]), "logits": normal(B, T, V),
-        "other_logits": normal(B, T, V), "targets": rng.integers(0, V, (B, T)), "coef": np.float32(0.1),
-        "p": rng.dirichlet(np.ones(V), B).astype(np.float32), "q": rng.dirichlet(np.ones(V), B).astype(np.float32),
+        "x": normal(B, T),
+        "mask": mask,
+        "weights": np.abs(normal(B, T)),
+        "flat": normal(B),
+        "valid": np.ones(B, bool),
+        "logprobs": logprobs,
+        "old_logprobs": logprobs + 0.3 * normal(B, T),
+        "advantages": normal(B, T),
+        "rewards": normal(B),
+        "greedy_rewards": normal(B),
+        "token_rewards": normal(B, T),
+        "values": normal(B, T),
+        "group_ids": np.array([7, 7, -2, -2]),
+        "rollout_ids": np.array([0, 0, 1, 2]),
+        "slots": np.array([0, 2, 2, -1]),
+        "turn_ids": turn_ids,
+        "turn_mask": np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]], bool),
+        "turn_rewards": normal(B, K),
+        "turn_values": normal(B, K),
+        "decay": rng.uniform(0.5, 1, (B, T)).astype(np.float32),
+        "ratios": np.exp(0.3 * normal(B, T)),
+        "lengths": np.array([10, 85, 95, 120]),
+        "logits": normal(B, T, V),
+        "other_logits": normal(B, T, V),
+        "hidden": normal(B, T, 7),
+        "head": normal(V, 7),
+        "targets": rng.integers(0, V, (B, T)),
+        "coef": np.float32(0.1),
+        "p": rng.dirichlet(np.ones(V), B).astype(np.float32),
+        "q": rng.dirichlet(np.ones(V), B).astype(np.float32),
     }
 
 
@@ -87,10 +108,13 @@ CASES = {
     "reinforce_loss": Case(ops.reinforce_loss, LOSS),
     "importance_weights": Case(ops.importance_weights, "logprobs old_logprobs mask", {"normalize": True}),
     "shape_ratio": Case(ops.shape_ratio, "ratios mask"),
-    "mirror_descent_loss": Case(ops.mirror_descent_loss, "flat greedy_rewards rewards group_ids valid=valid", {"tau": 0.1}),
+    "mirror_descent_loss": Case(
+        ops.mirror_descent_loss, "flat greedy_rewards rewards group_ids valid=valid", {"tau": 0.1}
+    ),
     "value_loss": Case(ops.value_loss, "values advantages token_rewards mask weights=weights", {"clip": 0.2}),
     "sft_loss": Case(ops.sft_loss, "logprobs mask weights=weights", {"kind": "dft"}),
     "token_cross_entropy": Case(ops.token_cross_entropy, "logits targets mask"),
+    "token_logprobs": Case(ops.token_logprobs, "hidden head targets mask=mask", {"entropy_gradient": True}),
     "token_entropy": Case(ops.token_entropy, "logits mask"),
     "kl_estimate": Case(ops.kl_estimate, "logprobs old_logprobs mask=mask"),
     "update_kl_coefficient": Case(ops.update_kl_coefficient, "coef coef", {"target": 0.1, "rate": 0.1}),
@@ -109,7 +133,9 @@ def names_of(case):
 
 def call(case, inputs):
     positional = [inputs[token] for token in case.arguments.split() if "=" not in token]
-    keywords = {key: inputs[name] for key, _, name in (token.partition("=") for token in case.arguments.split()) if name}
+    keywords = {
+        key: inputs[name] for key, _, name in (token.partition("=") for token in case.arguments.split()) if name
+    }
     return case.function(*positional, **keywords, **case.options)
 
 
@@ -128,7 +154,11 @@ def governed_by(inputs, name):
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return None
     for mask in ("mask", "turn_mask", "valid"):
-        if mask in inputs and inputs[mask].shape == array.shape[:inputs[mask].ndim] and array.ndim >= inputs[mask].ndim:
+        if (
+            mask in inputs
+            and inputs[mask].shape == array.shape[: inputs[mask].ndim]
+            and array.ndim >= inputs[mask].ndim
+        ):
             if mask == "valid" or array.shape[:2] == inputs[mask].shape:
                 return inputs[mask].reshape(inputs[mask].shape + (1,) * (array.ndim - inputs[mask].ndim))
     return None
@@ -136,6 +166,7 @@ def governed_by(inputs, name):
 
 def evaluator(case):
     """Outputs and, by argument, the gradient of their sum: one compilation for all inputs of a shape."""
+
     @jax.jit
     def run(inputs):
         moving = {name: x for name, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -148,6 +179,7 @@ def evaluator(case):
 
         (_, outputs), gradients = jax.value_and_grad(total, has_aux=True)(moving)
         return outputs, gradients
+
     return run
 
 
@@ -168,13 +200,16 @@ def test_jit_and_gradient(name):
 
 @every_op
 def test_vmap_and_half_precision(name):
-    """A vmap over bfloat16 inputs gives, row by row, the result for the float32 numbers that these are: vmap is a loop, and
-    nothing is computed in half precision."""
+    """A vmap over bfloat16 inputs gives, row by row, the result for the float32 numbers that these are: vmap is a loop,
+    and nothing is computed in half precision."""
+
     def cast(inputs, dtype):
         return {k: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for k, x in inputs.items()}
 
     halves = [cast(inputs_of(CASES[name], seed), jnp.bfloat16) for seed in (0, 1)]
-    outputs = jax.jit(jax.vmap(lambda inputs: call(CASES[name], inputs)))(jax.tree.map(lambda *xs: jnp.stack(xs), *halves))
+    outputs = jax.jit(jax.vmap(lambda inputs: call(CASES[name], inputs)))(
+        jax.tree.map(lambda *xs: jnp.stack(xs), *halves)
+    )
     assert all(leaf.dtype == jnp.float32 for leaf in floats(outputs))
     expected = [EVALUATORS[name](cast(inputs, jnp.float32))[0] for inputs in halves]
     chex.assert_trees_all_close(outputs, jax.tree.map(lambda *xs: jnp.stack(xs), *expected), atol=2e-6, rtol=2e-6)
@@ -197,7 +232,9 @@ def test_nothing_is_read_under_a_mask(name, poison):
             assert not np.any(np.where(mask, 0, dirty[1][argument])), argument
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if {"mask", "turn_mask", "valid"} & {*names_of(case)}])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if {"mask", "turn_mask", "valid"} & {*names_of(case)}]
+)
 def test_empty_mask_gives_zero(name):
     inputs = inputs_of(CASES[name])
     inputs |= {k: jnp.zeros_like(x) for k, x in inputs.items() if x.dtype == bool}

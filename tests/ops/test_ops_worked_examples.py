@@ -111,9 +111,17 @@ def test_cispo_bounds_the_weight():
     check(ops.cispo_loss(logprobs, old, ones, mask, clip_low=0.2, clip_high=0.2)[0], (1.2 + 1) / 2)
 
 
-@pytest.mark.parametrize("kind, values", [
-    ("k1", [0.3, -0.3]), ("k2", [0.045, 0.045]), ("k3", [0.040818, 0.049859]), ("abs", [0.3, 0.3]),
-    ("k1+", [0.3, -0.3]), ("k3+", [0.040818, 0.049859])])
+@pytest.mark.parametrize(
+    "kind, values",
+    [
+        ("k1", [0.3, -0.3]),
+        ("k2", [0.045, 0.045]),
+        ("k3", [0.040818, 0.049859]),
+        ("abs", [0.3, 0.3]),
+        ("k1+", [0.3, -0.3]),
+        ("k3+", [0.040818, 0.049859]),
+    ],
+)
 def test_kl_estimates(kind, values):
     check(ops.kl_estimate(array(-1, -1), array(-1.3, -0.7), kind=kind), values)
 
@@ -138,8 +146,10 @@ def test_decoupled_ppo():
     check(ops.ppo_clip_loss(logprobs, prox, ones, mask, clip_low=0.4, clip_high=0.4, weights=weights)[0], -0.750465)
     rewards = ops.group_normalize(array(1, 0, 0, 0), ONE_GROUP, scale="none")
     shaped = jnp.clip((rewards - 0.5) * 10, -20, 20)[:, None]
-    check(ops.masked_whiten(shaped, jnp.ones((4, 1), bool), ddof=0, eps=1e-5, eps_in="std")[:, 0],
-          [1.732047, -0.577349, -0.577349, -0.577349])
+    check(
+        ops.masked_whiten(shaped, jnp.ones((4, 1), bool), ddof=0, eps=1e-5, eps_in="std")[:, 0],
+        [1.732047, -0.577349, -0.577349, -0.577349],
+    )
 
 
 def test_lite_ppo():
@@ -150,13 +160,19 @@ def test_lite_ppo():
 
 
 def test_campo_and_unequal_groups():
-    check(ops.group_normalize(array(1, 0, 1, 0) - array(0, 2 / 3, 1, 1 / 3), ONE_GROUP),
-          [1.388728, -0.925819, 0, -0.462910])
+    check(
+        ops.group_normalize(array(1, 0, 1, 0) - array(0, 2 / 3, 1, 1 / 3), ONE_GROUP),
+        [1.388728, -0.925819, 0, -0.462910],
+    )
     # M-GRPO: sub-trajectories of a query, aligned to three per rollout, and as they came.
-    check(ops.group_normalize(array(1, 1, 1, 0.1, 0, 0.1), jnp.zeros(6, jnp.int32)),
-          [0.910549] * 3 + [-0.845510, -1.040628, -0.845510])
-    check(ops.group_normalize(array(1, 0.1, 0, 0.1, 0.1), jnp.zeros(5, jnp.int32)),
-          [1.779130, -0.384677, -0.625100, -0.384677, -0.384677])
+    check(
+        ops.group_normalize(array(1, 1, 1, 0.1, 0, 0.1), jnp.zeros(6, jnp.int32)),
+        [0.910549] * 3 + [-0.845510, -1.040628, -0.845510],
+    )
+    check(
+        ops.group_normalize(array(1, 0.1, 0, 0.1, 0.1), jnp.zeros(5, jnp.int32)),
+        [1.779130, -0.384677, -0.625100, -0.384677, -0.384677],
+    )
 
 
 def test_siblings_of_a_tree():
@@ -170,7 +186,11 @@ def test_informative_groups():
     rewards = array([1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]).ravel()
     ids = jnp.repeat(jnp.arange(4), 4)
     advantages = ops.group_normalize(rewards, ids) * ops.informative_group_scale(rewards, ids)
-    check(advantages.reshape(4, 4)[np.array([0, 3])], [[3, -1, -1, -1], [1.732051, 1.732051, -1.732051, -1.732051]], atol=1e-5)
+    check(
+        advantages.reshape(4, 4)[np.array([0, 3])],
+        [[3, -1, -1, -1], [1.732051, 1.732051, -1.732051, -1.732051]],
+        atol=1e-5,
+    )
     replayed = rewards.at[7].set(1)
     advantages = ops.group_normalize(replayed, ids) * ops.informative_group_scale(replayed, ids)
     check(advantages[4:8], [-0.666667, -0.666667, -0.666667, 2], atol=1e-5)
@@ -183,24 +203,31 @@ def test_pieces_of_a_rollout():
     mask = jnp.ones((6, 1), bool)
     advantages = ops.grpo_advantages(array(1, 0, 1), jnp.zeros(3, jnp.int32), mask, rollout_ids=pieces)
     check(first_token(advantages), [0.577349, 0.577349, -1.154699, 0.577349, 0.577349, 0.577349])
-    without = ops.grpo_advantages(array(1, 0, 1), jnp.zeros(3, jnp.int32), mask, rollout_ids=pieces,
-                                  valid=jnp.array([True, False, True]))
+    without = ops.grpo_advantages(
+        array(1, 0, 1), jnp.zeros(3, jnp.int32), mask, rollout_ids=pieces, valid=jnp.array([True, False, True])
+    )
     assert not without.any()
 
 
 def test_information_gain_turns():
-    """IGPO: population std with 1e-8 under the root, gains and outcomes normalized apart or together, then summed back."""
+    """IGPO: population std with 1e-8 under the root, gains and outcomes normalized apart or together, then summed."""
     rewards = array([0.2, 0.3, 1], [0.1, 0.4, 0])
     turn_mask, ids = jnp.ones((2, 3), bool), jnp.zeros((2, 3), jnp.int32)
     options = {"ddof": 0, "var_eps": 1e-8}
     apart = ops.group_normalize(rewards, ids + jnp.array([0, 0, 1]), **options)
     check(apart, [[-0.447209, 0.447209, 0.999998], [-1.341628, 1.341628, -0.999998]], atol=5e-6)
     turn_ids = jnp.array([[0, 1, 2, -1], [0, 1, 1, 2]])
-    check(ops.turn_advantages(apart, turn_mask, turn_ids),
-          [[0.999998, 1.447207, 0.999998, 0], [-0.999998, 0.341630, 0.341630, -0.999998]], atol=5e-6)
+    check(
+        ops.turn_advantages(apart, turn_mask, turn_ids),
+        [[0.999998, 1.447207, 0.999998, 0], [-0.999998, 0.341630, 0.341630, -0.999998]],
+        atol=5e-6,
+    )
     together = ops.group_normalize(rewards, ids, **options)
-    check(ops.discounted_returns(together, turn_mask),
-          [[1.538963, 1.949353, 2.051950], [-1.538963, -0.820780, -1.025975]], atol=5e-6)
+    check(
+        ops.discounted_returns(together, turn_mask),
+        [[1.538963, 1.949353, 2.051950], [-1.538963, -0.820780, -1.025975]],
+        atol=5e-6,
+    )
 
 
 def test_dual_level_advantages():
@@ -234,7 +261,9 @@ def test_returns_over_actions():
     following = ops.next_values(array([0.4, 0.3, 0.1, 0.6]), mask, 0.0)
     check((array([-1, -1, 0, 0]) + 0.9 * following)[:, np.array([0, 1, 3])], [[-0.73, -0.46, 0]])
     # Clip of step rewards at most 0, their returns to the end.
-    check(ops.discounted_returns(array([0, 0, -0.3, 0, -0.1]), jnp.ones((1, 5), bool)), [[-0.4, -0.4, -0.4, -0.1, -0.1]])
+    check(
+        ops.discounted_returns(array([0, 0, -0.3, 0, -0.1]), jnp.ones((1, 5), bool)), [[-0.4, -0.4, -0.4, -0.1, -0.1]]
+    )
 
 
 def test_reset_at_observations():
@@ -292,7 +321,10 @@ def test_kl_coefficient():
 
 
 def test_first_occurrences():
-    ids, valid = jnp.array([[3, 1, 3, 1, 2], [3, 3, 3, 1, 1]]), jnp.array([[True] * 5, [False, True, True, True, False]])
+    ids, valid = (
+        jnp.array([[3, 1, 3, 1, 2], [3, 3, 3, 1, 1]]),
+        jnp.array([[True] * 5, [False, True, True, True, False]]),
+    )
     expected = [[True, True, False, False, True], [False, True, False, True, False]]
     assert ops.first_occurrence_mask(ids, valid).tolist() == expected
 

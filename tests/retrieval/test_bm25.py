@@ -53,7 +53,7 @@ def some_queries(rng):
     yield from titles
     for _ in range(1500):
         extra = [str(rng.choice(words)) for _ in range(rng.integers(0, 4))]
-        yield " ".join([titles[rng.integers(len(titles))], *extra, "the country", "nowhere"][rng.integers(0, 2):])
+        yield " ".join([titles[rng.integers(len(titles))], *extra, "the country", "nowhere"][rng.integers(0, 2) :])
     for _ in range(500):
         word = str(rng.choice(words))
         yield " ".join([word] * int(rng.integers(1, 4)) + [str(w) for w in rng.choice(words, rng.integers(0, 9))])
@@ -71,17 +71,20 @@ def test_device_search_equals_host_search(k):
         def one(tokens, length):
             terms = known_words(table, words, tokens, 0, length, index.max_terms)
             return terms, search(arrays, terms, k)
+
         return jax.vmap(one)(tokens, lengths)
 
     queries = list(some_queries(np.random.default_rng(0)))[:: 3 if k == 1 else 9]
     tokens = np.zeros((len(queries), 80), np.int32)
     rows = tokenizer.encode_batch(queries)
     for i, row in enumerate(rows):
-        tokens[i, :len(row)] = row
+        tokens[i, : len(row)] = row
     lengths = np.array([len(row) for row in rows])
     assert len(queries) > (2500 if k == 1 else 900) and lengths.max() <= 80
-    found = [find(table, arrays, words, jnp.array(tokens[i:i + 256]), jnp.array(lengths[i:i + 256]))
-             for i in range(0, len(queries) // 256 * 256, 256)]
+    found = [
+        find(table, arrays, words, jnp.array(tokens[i : i + 256]), jnp.array(lengths[i : i + 256]))
+        for i in range(0, len(queries) // 256 * 256, 256)
+    ]
     terms, ids = (np.concatenate(parts) for parts in zip(*found, strict=True))
     for query, query_ids, device in zip(queries, terms, ids, strict=False):
         assert query_ids[query_ids >= 0].tolist() == query_terms(index, query)

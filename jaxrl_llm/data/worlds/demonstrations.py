@@ -92,9 +92,18 @@ def _play(inventor: Inventor, random: Iterator[float], tags: dict[str, int], hop
     return _Episode(pieces, right)
 
 
-def demonstrations(rng: np.random.Generator, num: int, tokenizer: Tokenizer, max_length: int, *,
-                   hops: Sequence[int] = (1, 2), max_searches: int = 3, early_answer: float = 0.3,
-                   wrong_query: float = 0.15, wrong_relation: float = 0.0) -> dict[str, np.ndarray]:
+def demonstrations(
+    rng: np.random.Generator,
+    num: int,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    hops: Sequence[int] = (1, 2),
+    max_searches: int = 3,
+    early_answer: float = 0.3,
+    wrong_query: float = 0.15,
+    wrong_relation: float = 0.0,
+) -> dict[str, np.ndarray]:
     """`num` transcripts of at most `max_length` tokens, padded with token 0.
 
     Longer ones are drawn again, which favors short episodes where `max_length` is tight: 99% of those of one and two
@@ -117,14 +126,19 @@ def demonstrations(rng: np.random.Generator, num: int, tokenizer: Tokenizer, max
     if max_searches < 1:
         raise ValueError(f"max_searches must be at least 1, got {max_searches}")
     if min(early_answer, wrong_query) < 0 or early_answer + wrong_query > 1 or not 0 <= wrong_relation <= 1:
-        raise ValueError("early_answer, wrong_query, their sum and wrong_relation must lie in [0, 1], got "
-                         f"{early_answer}, {wrong_query} and {wrong_relation}")
+        raise ValueError(
+            "early_answer, wrong_query, their sum and wrong_relation must lie in [0, 1], got "
+            f"{early_answer}, {wrong_query} and {wrong_relation}"
+        )
     inventor, random = make_inventor(rng, tokenizer), uniforms(rng)
     strategy = Strategy(max_searches, early_answer, wrong_query, wrong_relation)
     tags = dict(tokenizer.special_ids)
-    out = {"tokens": np.zeros((num, max_length), np.int32), "mask": np.zeros((num, max_length), bool),
-           **{name: np.zeros(num, np.int32) for name in ("lengths", "prompt_lengths", "hops")},
-           "right": np.zeros(num, bool)}
+    out = {
+        "tokens": np.zeros((num, max_length), np.int32),
+        "mask": np.zeros((num, max_length), bool),
+        **{name: np.zeros(num, np.int32) for name in ("lengths", "prompt_lengths", "hops")},
+        "right": np.zeros(num, bool),
+    }
     made = tries = 0
     while made < num and tries < 20 * num:
         tries += 1

@@ -85,8 +85,10 @@ def load_geography() -> tuple[tuple[Country, ...], tuple[City, ...]]:
         table = csv.DictReader((folder / name).read_text(encoding="utf-8").splitlines())
         return [{column: value.strip() for column, value in row.items()} for row in table]
 
-    countries = tuple(Country(r["name"], r["capital"], r["continent"], r["currency_name"], r["tld"], r["language"],
-                              r["iso2"]) for r in rows("countries.csv"))
+    countries = tuple(
+        Country(r["name"], r["capital"], r["continent"], r["currency_name"], r["tld"], r["language"], r["iso2"])
+        for r in rows("countries.csv")
+    )
     names = {country.code: country.name for country in countries}
     cities = tuple(City(r["name"], names[r["country_iso2"]], r["timezone"]) for r in rows("cities.csv"))
     return countries, cities
@@ -94,8 +96,13 @@ def load_geography() -> tuple[tuple[Country, ...], tuple[City, ...]]:
 
 def country_passage(country: Country) -> str:
     """The passage of a country; facts that are not known are left out."""
-    facts = [("Capital", country.capital), ("continent", country.continent), ("currency", country.currency),
-             ("domain", country.domain), ("language", country.language)]
+    facts = [
+        ("Capital", country.capital),
+        ("continent", country.continent),
+        ("currency", country.currency),
+        ("domain", country.domain),
+        ("language", country.language),
+    ]
     return f"{country.name} is a country. " + ", ".join(f"{name} {value}" for name, value in facts if value) + "."
 
 
@@ -133,8 +140,11 @@ def country_splits() -> dict[str, Literal["train", "test"]]:
     countries, cities = load_geography()
     leader = {country.name: country.code for country in countries}  # merged below until stable
     users: dict[str, set[str]] = {}
-    for name, country_name in [(c.name, c.name) for c in countries] + [(c.capital, c.name) for c in countries] + [
-            (c.name, c.country) for c in cities]:
+    for name, country_name in (
+        [(c.name, c.name) for c in countries]
+        + [(c.capital, c.name) for c in countries]
+        + [(c.name, c.country) for c in cities]
+    ):
         users.setdefault(name, set()).add(country_name)
     shared = [group for group in users.values() if len(group) > 1]
     changed = True
@@ -144,8 +154,10 @@ def country_splits() -> dict[str, Literal["train", "test"]]:
             smallest = min(leader[name] for name in group)
             changed |= any(leader[name] != smallest for name in group)
             leader.update(dict.fromkeys(group, smallest))
-    return {name: "test" if hashlib.sha256(code.encode()).digest()[0] < TEST_BYTES else "train"
-            for name, code in leader.items()}
+    return {
+        name: "test" if hashlib.sha256(code.encode()).digest()[0] < TEST_BYTES else "train"
+        for name, code in leader.items()
+    }
 
 
 @cache
@@ -165,7 +177,7 @@ def question_phrasings(hops: int, relation: str) -> tuple[str, ...]:
     if relation not in RELATIONS_BY_HOPS.get(hops, ()):
         raise ValueError(f"hops and relation must be one of {RELATIONS_BY_HOPS}, got {hops} and {relation!r}")
     subjects: tuple[str, ...] = ("{}",)
-    for link in (COUNTRY_OF_CITY, CAPITAL_OF_COUNTRY)[:hops - 1]:
+    for link in (COUNTRY_OF_CITY, CAPITAL_OF_COUNTRY)[: hops - 1]:
         subjects = tuple(outer.format(inner) for outer in link for inner in subjects)
     return tuple(phrasing.format(subject) for subject in subjects for phrasing in PHRASINGS[relation])
 
@@ -191,24 +203,44 @@ def _facts(hops: int) -> tuple[_Fact, ...]:
     if hops == 1:
         for country in countries:
             for relation in COUNTRY_RELATIONS:
-                facts.append(_Fact(relation, country.name, getattr(country, relation), (country.name,),
-                                   (country_ids[country.name],)))
+                facts.append(
+                    _Fact(
+                        relation,
+                        country.name,
+                        getattr(country, relation),
+                        (country.name,),
+                        (country_ids[country.name],),
+                    )
+                )
         for city in cities:
             for relation, answer in (("country", city.country), ("time zone", city.timezone)):
                 facts.append(_Fact(relation, city.country, answer, (city.name,), (city_ids[city.name],)))
     elif hops == 2:
         for city in cities:
             for relation in COUNTRY_RELATIONS:
-                facts.append(_Fact(relation, city.country, getattr(by_name[city.country], relation),
-                                   (city.name, city.country), (city_ids[city.name], country_ids[city.country])))
+                facts.append(
+                    _Fact(
+                        relation,
+                        city.country,
+                        getattr(by_name[city.country], relation),
+                        (city.name, city.country),
+                        (city_ids[city.name], country_ids[city.country]),
+                    )
+                )
     elif hops == 3:
         timezones = {(city.name, city.country): city.timezone for city in cities}
         for city in cities:
             capital = by_name[city.country].capital
             if (capital, city.country) in timezones and capital != city.name:
-                facts.append(_Fact("time zone", city.country, timezones[capital, city.country],
-                                   (city.name, city.country, capital),
-                                   (city_ids[city.name], country_ids[city.country], city_ids[capital])))
+                facts.append(
+                    _Fact(
+                        "time zone",
+                        city.country,
+                        timezones[capital, city.country],
+                        (city.name, city.country, capital),
+                        (city_ids[city.name], country_ids[city.country], city_ids[capital]),
+                    )
+                )
     else:
         raise ValueError(f"hops must be 1, 2 or 3, got {hops}")
     return tuple(fact for fact in facts if fact.answer)
@@ -244,8 +276,10 @@ def make_questions(split: Literal["train", "test"], hops: int, num: int | None, 
         raise ValueError(f"num must lie in [1, {available}], the number of {split} questions of {hops} hops, got {num}")
     turns = zip_longest(*(_in_turns(list(countries.values()), rng) for countries in cells.values()))
     chosen = list(islice((item for turn in turns for item in turn if item is not None), num))
-    return [Question(phrasing.format(fact.path[0]), (fact.answer,), hops, fact.relation, fact.path, fact.passages)
-            for fact, phrasing in (chosen[i] for i in rng.permutation(len(chosen)))]
+    return [
+        Question(phrasing.format(fact.path[0]), (fact.answer,), hops, fact.relation, fact.path, fact.passages)
+        for fact, phrasing in (chosen[i] for i in rng.permutation(len(chosen)))
+    ]
 
 
 def _in_turns(cells: list[list[tuple[_Fact, str]]], rng: np.random.Generator) -> Iterator[tuple[_Fact, str]]:

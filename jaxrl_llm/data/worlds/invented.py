@@ -51,9 +51,9 @@ def template_pieces(tokenizer: Tokenizer, template: str) -> list[Tokens]:
     pieces: list[Tokens] = [[]]
     rest = tokenizer.encode(template.replace("{}", _MARKER))
     while rest:
-        if rest[:len(marker)] == marker:
+        if rest[: len(marker)] == marker:
             pieces.append([])
-            rest = rest[len(marker):]
+            rest = rest[len(marker) :]
         else:
             pieces[-1].append(rest.pop(0))
     return pieces
@@ -81,8 +81,9 @@ def world_templates(tokenizer: Tokenizer) -> Templates:
     )
 
 
-def _inventory(tokenizer: Tokenizer, values: Sequence[str], most_later: int, most_words: int,
-               marks: str = "") -> Inventory:
+def _inventory(
+    tokenizer: Tokenizer, values: Sequence[str], most_later: int, most_words: int, marks: str = ""
+) -> Inventory:
     """The tokens of `values` but for `marks`, each with a probability proportional to the square root of its count, so
     that rare ones are seen often enough to be copied."""
     first: Counter[int] = Counter()
@@ -95,7 +96,7 @@ def _inventory(tokenizer: Tokenizer, values: Sequence[str], most_later: int, mos
         num_words[min(len(starts), most_words) - 1] += 1
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             first[tokens[start]] += 1
-            later.update(tokens[start + 1:end])
+            later.update(tokens[start + 1 : end])
             num_later[min(end - start - 1, most_later)] += 1
 
     def table(counts: Counter[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -187,18 +188,25 @@ def make_inventor(rng: np.random.Generator, tokenizer: Tokenizer) -> Inventor:
     inventories = world_inventories(tokenizer)
     bare, dot, slash, underscore = (tokenizer.pieces.index(piece) for piece in "▁./_")
     names = _names(rng, inventories["name"], bare)
-    return Inventor({
-        "name": names, "country": names, "capital": names,
-        **{kind: _names(rng, inventories[kind], bare) for kind in ("currency", "continent", "language")},
-        "domain": _domains(rng, inventories["domain"], [bare, dot]),
-        "time zone": _time_zones(rng, inventories["time zone"], [slash], [underscore]),
-    }, world_templates(tokenizer))
+    return Inventor(
+        {
+            "name": names,
+            "country": names,
+            "capital": names,
+            **{kind: _names(rng, inventories[kind], bare) for kind in ("currency", "continent", "language")},
+            "domain": _domains(rng, inventories["domain"], [bare, dot]),
+            "time zone": _time_zones(rng, inventories["time zone"], [slash], [underscore]),
+        },
+        world_templates(tokenizer),
+    )
 
 
-def invent_place(inventor: Inventor, kind: Literal["city", "country"],
-                 known: Mapping[str, Tokens] = MappingProxyType({})) -> Place:
+def invent_place(
+    inventor: Inventor, kind: Literal["city", "country"], known: Mapping[str, Tokens] = MappingProxyType({})
+) -> Place:
     """A city or country with the `known` fields and new values for the others."""
-    fields, template = ((CITY_FIELDS, inventor.templates.city) if kind == "city"
-                        else (COUNTRY_FIELDS, inventor.templates.country))
+    fields, template = (
+        (CITY_FIELDS, inventor.templates.city) if kind == "city" else (COUNTRY_FIELDS, inventor.templates.country)
+    )
     values = {field: known.get(field) or next(inventor.values[field]) for field in fields}
     return Place(values, fill(template, list(values.values())))

@@ -10,7 +10,7 @@ from jaxrl_llm.models.tokenizer import Tokenizer, load_tokenizer
 
 @cache
 def geography_tokenizer() -> Tokenizer:
-    """The tokenizer that comes with the package: 2048 tokens, ten of them special (`<pad>` is 0, `<eos>`, and the
+    """The tokenizer that comes with the package: 8192 tokens, ten of them special (`<pad>` is 0, `<eos>`, and the
     opening and closing tags `think`, `search`, `information`, `answer`)."""
     with resources.as_file(resources.files("jaxrl_llm.data") / "geography" / "tokenizer.json") as path:
         return load_tokenizer(path)

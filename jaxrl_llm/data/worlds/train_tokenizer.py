@@ -23,15 +23,19 @@ from jaxrl_llm.data.worlds.geography import CORRECTION, RELATIONS_BY_HOPS, geogr
 ACTION_TAGS = ("think", "search", "information", "answer")
 SPECIAL_TOKENS = ("<pad>", "<eos>", *(tag for name in ACTION_TAGS for tag in (f"<{name}>", f"</{name}>")))
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 8192
 
 
 def tokenizer_text() -> Iterator[str]:
     """What the tokenizer is trained on: every passage, every name once more in a question (the phrasings in turn), and
     the environment's correction, often enough that its words become tokens."""
     titles, passages = geography_passages()
-    phrasings = [text for hops, relations in RELATIONS_BY_HOPS.items() for relation in relations
-                 for text in question_phrasings(hops, relation)]
+    phrasings = [
+        text
+        for hops, relations in RELATIONS_BY_HOPS.items()
+        for relation in relations
+        for text in question_phrasings(hops, relation)
+    ]
     yield from passages
     yield from (phrasing.format(title) for title, phrasing in zip(titles, cycle(phrasings), strict=False))
     yield from [CORRECTION] * 100
@@ -48,22 +52,34 @@ def train_tokenizer(vocab_size: int = VOCAB_SIZE) -> tokenizers.Tokenizer:
     characters = {character for text in texts for form in (text, text.lower()) for character in form}
     fixed = len(SPECIAL_TOKENS) + len(BYTE_TOKENS)
     if vocab_size <= fixed + len(characters):
-        raise ValueError(f"vocab_size must exceed {fixed + len(characters)}, the special tokens, bytes and characters, "
-                         f"got {vocab_size}")
+        raise ValueError(
+            f"vocab_size must exceed {fixed + len(characters)}, the special tokens, bytes and characters, "
+            f"got {vocab_size}"
+        )
     learner = tokenizers.Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation(behavior="isolated")])
-    learner.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - fixed, initial_alphabet=sorted(characters - {" "}), show_progress=False))
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation(behavior="isolated")]
+    )
+    learner.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - fixed, initial_alphabet=sorted(characters - {" "}), show_progress=False
+        ),
+    )
     # The bytes are added after training: as special tokens they would be read where a text happens to spell them.
     learned = json.loads(learner.to_str())["model"]
     pieces = [*SPECIAL_TOKENS, *BYTE_TOKENS, *sorted(learned["vocab"], key=learned["vocab"].__getitem__)]
-    tokenizer = tokenizers.Tokenizer(models.BPE(
-        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[tuple(merge) for merge in learned["merges"]],
-        byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[tuple(merge) for merge in learned["merges"]],
+            byte_fallback=True,
+        )
+    )
     tokenizer.pre_tokenizer = learner.pre_tokenizer
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 

@@ -1,0 +1,120 @@
+"""The page of Search-R1 at tiny size."""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.agentic_search.search_r1 import get_config
+from experiments.agentic_search import search_r1
+from jaxrl_llm import train
+from jaxrl_llm.train.config import override
+
+
+def config_of(arm="tiny", **overrides):
+    config = get_config(arm)
+    for key, value in overrides.items():
+        override(config, key.replace("__", "."), value)
+    return config
+
+
+def shapes_of_an_iteration(config):
+    """Traces one iteration without running it."""
+    world, agent = search_r1.make_world(config), search_r1.make_agent(config)
+    optimizer = search_r1.make_optimizers(config)
+
+    def start_and_iterate(world, key):
+        policy = agent.policy.init(key)
+        params = {"policy": policy}
+        if config.algorithm == "ppo":
+            params["critic"] = {"decoder": policy, "head": agent.init_head(key)}
+        state = train.init_state(params, optimizer, 0, ref_params=policy)
+        return state, search_r1.make_iteration(config, agent, optimizer)(world, state)
+
+    return jax.eval_shape(start_and_iterate, world, jax.random.key(0))
+
+
+def test_run(tmp_path):
+    config = config_of()
+    summary = train.run_page(search_r1, config, tmp_path / "run", quiet=True)
+    for name in ("warm_start", "trained", "no_search"):
+        assert set(summary[name]["success"]) == {"1", "2"}
+        assert all(0 <= value <= 1 for value in summary[name]["success"].values())
+    assert summary["minutes"] > 0 and summary["warm_start"]["kl"] == 0
+    lines = train.read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    for line in lines[1:]:
+        assert line["sampler_mismatch"] < 1e-3, "sampler and trainer are one model: the first ratio is 1"
+        assert np.isfinite(line["loss"]) and line["skipped"] == 0 and line["grad_norm"] >= 0
+    assert lines[-1]["eval/success/2"] == pytest.approx(summary["trained"]["success"]["2"])
+    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 16 and {span["role"] for r in rollouts for span in r["spans"]} == {
+        "prompt",
+        "policy",
+        "observation",
+    }
+    assert np.mean([r["reward"] for r in rollouts if r["hops"] == 2]) == pytest.approx(
+        summary["trained"]["success"]["2"]
+    )
+    assert (tmp_path / "run" / "figures" / "learning_curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("arm", [name for name in search_r1.TABLES["main"].arms if name not in ("grpo", "warm_start")])
+def test_arms_trace(arm):
+    overrides = dict(search_r1.TABLES["main"].arms[arm])
+    if arm == "ppo":
+        overrides["prompts"] = 16
+    before, (after, metrics) = shapes_of_an_iteration(
+        config_of(**{key.replace(".", "__"): v for key, v in overrides.items()})
+    )
+    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+    assert {"loss", "kl", "entropy", "clip_fraction", "success/1", "success/2"} <= metrics.keys()
+
+
+def test_paper_settings_trace():
+    config = config_of("paper")
+    _, (after, metrics) = shapes_of_an_iteration(config)
+    assert metrics["loss"].shape == ()
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(after.params)) > 2e9
+
+
+def test_warm_start_from_scratch(tmp_path):
+    config = config_of(warm_start__from_scratch=True, warm_start__steps=2, warm_start__rows=4)
+    model = search_r1.make_agent(config).policy
+    with train.RunLog(tmp_path, config, quiet=True) as log:
+        params = search_r1.warm_start(config, model, log)
+    again = config_of(warm_start__weights=str(tmp_path / "warm_start.safetensors"))
+    loaded = search_r1.warm_start(again, model, None)
+    # the file holds bfloat16: 8 bits of mantissa
+    for made, read in zip(jax.tree.leaves(params), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_allclose(made, read, rtol=2**-8)
+
+
+def test_shipped_weights_are_those_recorded():
+    record = json.loads(search_r1.WEIGHTS.with_suffix(".json").read_text())
+    assert hashlib.sha256(search_r1.WEIGHTS.read_bytes()).hexdigest() == record["sha256"]
+    assert search_r1.WEIGHTS.stat().st_size <= 4_000_000
+    assert "--config.warm_start.from_scratch=True" in record["command"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"algorithm": "dpo"}, "algorithm must be 'grpo' or 'ppo', got 'dpo'"),
+        ({"group_size": 1}, "group_size=1 with algorithm='grpo'"),
+        ({"mini_batches": 3}, "mini_batches=3 must divide prompts=4"),
+        ({"micro_batches": 3}, "micro_batches=3 must divide the 2 prompts"),
+        ({"seed": (0, 1), "warm_start__from_scratch": True}, "run it once with one seed"),
+    ],
+)
+def test_bad_settings(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        search_r1.check_config(config_of(**overrides))
+
+
+def test_prompt_longer_than_the_context():
+    with pytest.raises(ValueError, match="leave no room in max_length=20"):
+        shapes_of_an_iteration(config_of(max_length=20))
