@@ -1,11 +1,11 @@
 """Time of one GRPO step: generate for a batch of prompts, then one update of the policy.
 
-    python -m benchmarks.grpo_step --prompts 8 --group 8 --prompt-len 64 --new-tokens 128 --width 256 --layers 4 --heads 8 \
-        --kv-heads 2 --ffn 1024 --vocab 8192 --steps 5 --json
+    python -m benchmarks.grpo_step --prompts 8 --group 8 --prompt-len 64 --new-tokens 128 --width 256 --layers 4 \
+        --heads 8 --kv-heads 2 --ffn 1024 --vocab 8192 --steps 5 --json
 
-Prompts are random, nothing stops early, and every step samples anew from the updated policy. The update is what a user of the
-library runs: group advantages, clipped loss, gradient accumulated over micro-batches, AdamW behind the non-finite guard. All
-times are medians over the steps after a warm-up step, with the device waited for.
+Prompts are random, nothing stops early, and every step samples anew from the updated policy. The update is what a user
+of the library runs: group advantages, clipped loss, gradient accumulated over micro-batches, AdamW behind the
+non-finite guard. All times are medians over the steps after a warm-up step, with the device waited for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The few pytrees that everything passes along.
 
-Axis letters, here and in the whole library: `P` prompts, `G` rollouts per prompt, `B = P * G` sequences (the rollouts of a
-group lie side by side), `T` token positions of a packed sequence, `K` turns, `V` vocabulary, `D` width, `H` heads.
+Axis letters, here and in the whole library: `P` prompts, `G` rollouts per prompt, `B = P * G` sequences (the rollouts
+of a group lie side by side), `T` token positions of a packed sequence, `K` turns, `V` vocabulary, `D` width, `H` heads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Params: TypeAlias = PyTree[Array]
 class Decoding:
     """How a token is drawn from logits. A rollout carries the one it was made with, and training scores under the same.
 
-    The order is: divide by `temperature`, keep the `top_k` largest, keep the smallest set of probability `top_p`, drop what
-    has less than `min_p` times the largest probability. `top_k=None`, `top_p=1` and `min_p=0` keep everything. `greedy`
-    takes the largest logit; its log-probs are those of the distribution that the other fields describe.
+    The order is: divide by `temperature`, keep the `top_k` largest, keep the smallest set of probability `top_p`, drop
+    what has less than `min_p` times the largest probability. `top_k=None`, `top_p=1` and `min_p=0` keep everything.
+    `greedy` takes the largest logit; its log-probs are those of the distribution that the other fields describe.
 
     Raises:
       ValueError: a field is out of range.
@@ -72,7 +72,8 @@ class Decoding:
 )
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Finished sequences, as the sampler made them. Everything about a token is decided there and never derived again."""
+    """Finished sequences, as the sampler made them. Everything about a token is decided there and never derived
+    again."""
 
     tokens: Int[Array, "B T"]  # prompt, policy tokens, observations, padding
     lengths: Int[Array, "B"]  # tokens in use; what lies behind is padding, whatever its id
@@ -96,7 +97,8 @@ class Rollout:
 )
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a policy update reads: rollouts and what was computed from them once. All of it is constant in the update."""
+    """What a policy update reads: rollouts and what was computed from them once. All of it is constant in the
+    update."""
 
     rollout: Rollout
     mask: Bool[Array, "B T"]  # tokens that the loss touches; the rollout's mask unless an ablation says otherwise
@@ -126,8 +128,8 @@ class TrainState:
 
 
 class Span(NamedTuple):
-    """A run of tokens of one author. Rewards of text receive these, never one joined string: what a tool wrote is not the
-    policy's answer."""
+    """A run of tokens of one author. Rewards of text receive these, never one joined string: what a tool wrote is not
+    the policy's answer."""
 
     role: Literal["prompt", "policy", "observation"]
     text: str

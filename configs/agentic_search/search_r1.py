@@ -1,5 +1,5 @@
-"""Search-R1 on geography. `small` (default): about 5 minutes on two CPU cores, held-out 2-hop success from under 0.5 to over
-0.8. `tiny`: seconds, for tests. `paper`: the published batch and optimizer settings."""
+"""Search-R1 on geography. `small` (default): about 5 minutes on two CPU cores, held-out 2-hop success from under 0.5 to
+over 0.8. `tiny`: seconds, for tests. `paper`: the published batch and optimizer settings."""
 
 from ml_collections import ConfigDict
 
@@ -14,6 +14,8 @@ def get_config(arm: str = "small") -> ConfigDict:
         "hops": (1, 2),
         "train_questions": 4000,  # per number of hops
         "test_questions": 256,
+        "train_file": None,  # a CSV or JSONL file of your own: question, answer, hops
+        "test_file": None,
         "max_prompt": 40,  # tokens
         "min_prompt": 6,
         "search": True,  # False: every search comes back empty
@@ -33,7 +35,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         "max_length": 112,
         "max_turn_tokens": 24,
         "num_slots": 64,
-        "window": 1,
+        "window": 4,
         # the algorithm
         "steps": 150,
         "prompts": 16,

@@ -1,12 +1,13 @@
 """Search-R1: a policy learns to search and answer from the outcome alone (Jin et al. 2025, arXiv 2503.09516).
 
-The paper claims that reinforcement on exact match alone, with search calls inside the rollout, beats retrieval-augmented
-baselines by 24% (Qwen2.5-7B) and 20% (3B) relative, averaged over seven question sets, and that masking retrieved tokens
-out of the loss stabilizes training.
+The paper claims that reinforcement on exact match alone, with search calls inside the rollout, beats
+retrieval-augmented baselines by 24% (Qwen2.5-7B) and 20% (3B) relative, averaged over seven question sets, and that
+masking retrieved tokens out of the loss stabilizes training.
 
-One policy writes `<search> query</search>` or `<answer> text</answer>`. A search appends `<information> passage</information>`;
-these tokens are context, with no gradient and no KL (`mask` is false). The reward is 1 if the normalized answer equals a gold
-answer, else 0, and nothing else. With `ratio = exp(logprobs - old_logprobs)`, means over the masked tokens of the batch:
+One policy writes `<search> query</search>` or `<answer> text</answer>`. A search appends `<information>
+passage</information>`; these tokens are context, with no gradient and no KL (`mask` is false). The reward is 1 if the
+normalized answer equals a gold answer, else 0, and nothing else. With `ratio = exp(logprobs - old_logprobs)`, means
+over the masked tokens of the batch:
 
     GRPO   A = (r - mean_group) / (std_group + 1e-6)
            loss = mean max(-A ratio, -A clip(ratio, 0.8, 1.2)) + 0.001 mean k3(logprobs, ref_logprobs)
@@ -14,11 +15,11 @@ answer, else 0, and nothing else. With `ratio = exp(logprobs - old_logprobs)`, m
            loss = mean max(-A ratio, -A clip(ratio, 0.8, 1.2)) + mean (V - R)^2 / 2
 
 Here the questions are about real geography (`jaxrl_llm.data.worlds.geography`): facts one or two searches away, test
-questions about countries that no training question touches. Choices of ours: rewards and GAE run over the policy's tokens only
-(the authors' critic also values retrieved tokens); there is no `<think>`; a turn that neither searches nor answers is told so
-and counts as a search; the last turn has no search, as in the paper, so a search there ends the episode. The policy starts from
-a supervised warm start on demonstrations about invented places, whose strategy is noisy: they teach the format and to copy
-names, and leave it to reinforcement to learn what to ask and when to answer.
+questions about countries that no training question touches. Choices of ours: rewards and GAE run over the policy's
+tokens only (the authors' critic also values retrieved tokens); there is no `<think>`; a turn that neither searches nor
+answers is told so and counts as a search; the last turn has no search, as in the paper, so a search there ends the
+episode. The policy starts from a supervised warm start on demonstrations about invented places, whose strategy is
+noisy: they teach the format and to copy names, and leave it to reinforcement to learn what to ask and when to answer.
 
     python -m experiments.run --config=configs/agentic_search/search_r1.py --workdir=out/search_r1
     python -m experiments.sweep search_r1 --table=main --seeds=3
@@ -27,105 +28,33 @@ names, and leave it to reinforcement to learn what to ask and when to answer.
 from __future__ import annotations
 
 import dataclasses
-import time
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from experiments.agentic_search._geography import (
+    Agent,
+    World,
+    describe_rollout,
+    make_agent,
+    make_evaluation,
+    make_world,
+    play,
+    report,
+    shared_prompt,
+    warm_start,
+)
 from jaxrl_llm import ops, train
-from jaxrl_llm.data.packing import pack_sequences
-from jaxrl_llm.data.worlds.demonstrations import demonstrations
-from jaxrl_llm.data.worlds.geography import make_questions
-from jaxrl_llm.data.worlds.tokenizer import geography_tokenizer
-from jaxrl_llm.envs.geography import GeographyEnv, GeographyTask, encode_tasks, make_geography_env
-from jaxrl_llm.models import DecoderConfig, Model, load_params, make_decoder, make_scalar_head, save_params
-from jaxrl_llm.sampling import rollout, rollout_hidden, score_rollout, write_transcripts
+from jaxrl_llm.sampling import score_rollout
 from jaxrl_llm.types import Batch, Decoding, Metrics, Params, Rollout, TrainState
 
-WEIGHTS = Path(__file__).with_name("search_r1_warm_start.safetensors")
 
-
-class World(NamedTuple):
-    """The environment, with search and without, and the questions."""
-
-    env: GeographyEnv
-    blind_env: GeographyEnv
-    train_tasks: GeographyTask
-    test_tasks: GeographyTask
-
-
-class Agent(NamedTuple):
-    """The functions of the policy and, for PPO, of a critic with its own trunk."""
-
-    policy: Model
-    init_head: Any
-    apply_head: Any
-
-    def values(self, params: Params, sampled: Rollout, config: ConfigDict) -> jax.Array:
-        """Value of the state before each token, [B, T]."""
-        hidden = rollout_hidden(self.policy, params["critic"]["decoder"], sampled, **shared_prompt(config))
-        return self.apply_head(params["critic"]["head"], hidden)
-
-
-def make_world(config: ConfigDict) -> World:
-    tokenizer = geography_tokenizer()
-    train_questions = [q for hops in config.hops for q in make_questions("train", hops, config.train_questions)]
-    test_questions = [q for hops in config.hops for q in make_questions("test", hops, config.test_questions)]
-    make_env = partial(
-        make_geography_env, tokenizer, max_searches=config.max_searches, num_passages=config.num_passages
-    )
-    return World(
-        make_env(search_enabled=config.search),
-        make_env(search_enabled=False),
-        encode_tasks(train_questions, tokenizer, max_prompt=config.max_prompt),
-        encode_tasks(test_questions, tokenizer, max_prompt=config.max_prompt),
-    )
-
-
-def make_agent(config: ConfigDict) -> Agent:
-    model = make_decoder(DecoderConfig(geography_tokenizer().vocab_size, **config.model))
-    return Agent(model, *make_scalar_head(config.model.width))
-
-
-def shared_prompt(config: ConfigDict) -> dict[str, Any]:
-    """The group's common prefix that is computed once: shorter than any prompt."""
-    return {"group_size": config.group_size, "shared_prefix": config.min_prompt - 1}
-
-
-def play(
-    config: ConfigDict,
-    model: Model,
-    params: Params,
-    env: GeographyEnv,
-    tasks: GeographyTask,
-    key: jax.Array,
-    group_size: int,
-) -> Rollout:
-    special = geography_tokenizer().special_ids
-    return rollout(
-        model,
-        params,
-        env,
-        tasks,
-        key,
-        max_length=config.max_length,
-        max_turns=config.max_searches + 1,
-        max_turn_tokens=config.max_turn_tokens,
-        stop_sequences=[[special["</search>"]], [special["</answer>"]]],
-        decoding=Decoding(**config.decoding),
-        group_size=group_size,
-        num_slots=config.num_slots,
-        window=config.window,
-    )
-
-
-def make_train_step(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation):
+def make_train_step(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     """`step(state, batch) -> (state, metrics)`: one update on one mini-batch."""
 
     def loss_fn(params: Params, batch: Batch, denominator: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -203,18 +132,7 @@ def make_batch(config: ConfigDict, agent: Agent, state: TrainState, sampled: Rol
     )
 
 
-def describe_rollout(sampled: Rollout, hops: jax.Array, config: ConfigDict) -> Metrics:
-    """Success in all and by number of hops, and how the episodes went."""
-    by_hops = {f"success/{n}": ops.masked_mean(sampled.rewards, sampled.scorable & (hops == n)) for n in config.hops}
-    return {
-        "success": ops.masked_mean(sampled.rewards, sampled.scorable),
-        **by_hops,
-        "turns": jnp.mean(jnp.sum(sampled.turn_mask, axis=1, dtype=jnp.float32)),
-        "truncated": jnp.mean(sampled.truncated, dtype=jnp.float32),
-    }
-
-
-def make_iteration(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation):
+def make_iteration(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     """One turn of the algorithm: sample, score, update."""
     train_step = make_train_step(config, agent, optimizer)
 
@@ -243,102 +161,14 @@ def make_iteration(config: ConfigDict, agent: Agent, optimizer: optax.GradientTr
     return iteration
 
 
-def make_evaluation(config: ConfigDict, agent: Agent):
-    """Success on the held-out questions, one sampled episode each; the same keys at every call."""
-
-    def evaluate(env: GeographyEnv, tasks: GeographyTask, policy: Params, ref: Params) -> tuple[Metrics, Rollout]:
-        sampled = play(config, agent.policy, policy, env, tasks, jax.random.key(1), 1)
-        own, reference = (
-            score_rollout(agent.policy, params, sampled, decoding=sampled.decoding)[0] for params in (policy, ref)
-        )
-        kl = ops.kl_estimate(own, reference, kind="k3", mask=sampled.mask)
-        return describe_rollout(sampled, tasks.hops, config) | {"kl": ops.masked_mean(kl, sampled.mask)}, sampled
-
-    return evaluate
-
-
-def warm_start(config: ConfigDict, model: Model, log: train.RunLog) -> Params:
-    """The policy to start from: trained here on demonstrations, or the weights that came of doing so."""
-    warm = config.warm_start
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    if not warm.from_scratch:
-        return load_params(warm.weights or WEIGHTS, shapes)
-    optimizer = train.make_optimizer(warm.optimizer, total_updates=warm.steps)
-
-    def batch(step: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng((warm.seed, step))
-        shown = demonstrations(
-            rng,
-            warm.rows * 4,
-            geography_tokenizer(),
-            warm.row_length,
-            hops=tuple(config.hops),
-            max_searches=warm.max_searches,
-            early_answer=warm.early_answer,
-            wrong_query=warm.wrong_query,
-        )
-        return pack_sequences(
-            shown["tokens"], shown["mask"], shown["lengths"], num_rows=warm.rows, row_length=warm.row_length
-        )
-
-    state = train.loop(
-        lambda seed: train.init_state(model.init(jax.random.key(warm.seed)), optimizer, seed),
-        train.make_sft_step(model, optimizer),
-        steps=warm.steps,
-        log=log,
-        stage="warm_start",
-        batch=batch,
-    )
-    file = log.workdir / "warm_start.safetensors"
-    save_params(state.params, file, dtype=jnp.bfloat16)
-    return load_params(file, shapes)  # rounded, as whoever starts from the file has them
-
-
 def make_optimizers(config: ConfigDict) -> optax.GradientTransformation:
+    """One optimizer for the policy; for PPO another, with its own rate, for the critic."""
     total = config.steps * config.mini_batches
     policy = train.make_optimizer(config.optimizer, total_updates=total)
     if config.algorithm == "grpo":
         return policy
     critic = train.make_optimizer(config.critic_optimizer, total_updates=total)
     return optax.partition({"policy": policy, "critic": critic}, lambda params: {name: name for name in params})
-
-
-def summarize(config: ConfigDict, world: World, evaluate: Any, state: TrainState, log: train.RunLog) -> None:
-    """The held-out success of the warm start, of the trained policy, and of that policy with search switched off."""
-
-    def final(world: World, state: TrainState):
-        trained = state.params["policy"]
-        play_all = {
-            "warm_start": (world.env, state.ref_params),
-            "trained": (world.env, trained),
-            "no_search": (world.blind_env, trained),
-        }
-        return {
-            name: evaluate(env, world.test_tasks, params, state.ref_params) for name, (env, params) in play_all.items()
-        }
-
-    results = train.over_seeds(jax.tree_util.Partial(final, world), config.seed)(state)
-    hops = np.asarray(world.test_tasks.hops)
-    summary: dict[str, Any] = {}
-    for name, (metrics, sampled) in jax.device_get(results).items():
-        summary[name] = {
-            "success": {str(n): metrics[f"success/{n}"] for n in config.hops},
-            "kl": metrics["kl"],
-            "turns": metrics["turns"],
-            "truncated": metrics["truncated"],
-        }
-        for n in config.hops:
-            log.outcomes(f"{name}.success.{n}", sampled.rewards[..., hops == n])
-    log.summary(summary | {"minutes": round((time.perf_counter() - log.opened) / 60, 2)})
-    if isinstance(config.seed, int):
-        write_transcripts(log.workdir / "rollouts.jsonl", results["trained"][1], geography_tokenizer(), hops=hops)
-        log.figure(
-            "learning_curve",
-            train.learning_curves(
-                {config.algorithm: [log.workdir]},
-                ["reward", *(f"eval/success/{n}" for n in config.hops), "entropy", "kl"],
-            ),
-        )
 
 
 def check_config(config: ConfigDict) -> None:
@@ -367,6 +197,7 @@ def check_config(config: ConfigDict) -> None:
 
 
 def run(config: ConfigDict, log: train.RunLog) -> None:
+    """Warm start, then sample, score and update until the steps are done, then the report."""
     check_config(config)
     world, agent = make_world(config), make_agent(config)
     reference = warm_start(config, agent.policy, log)
@@ -389,10 +220,10 @@ def run(config: ConfigDict, log: train.RunLog) -> None:
         evaluate=jax.tree_util.Partial(held_out, world),
         evaluate_every=config.evaluate_every,
     )
-    summarize(config, world, evaluate, state, log)
+    report(config, world, evaluate, state, log)
 
 
-def on_two_hops(*claims: train.Claim, arms: dict[str, dict[str, Any]], title: str) -> train.Table:
+def _on_two_hops(*claims: train.Claim, arms: dict[str, dict[str, Any]], title: str) -> train.Table:
     return train.Table(
         arms=arms,
         metrics=["trained.success.2", "trained.success.1", "trained.kl", "trained.turns"],
@@ -402,7 +233,7 @@ def on_two_hops(*claims: train.Claim, arms: dict[str, dict[str, Any]], title: st
 
 
 TABLES = {
-    "main": on_two_hops(
+    "main": _on_two_hops(
         train.better("grpo", "warm_start"),
         train.better("grpo", "grpo_no_search"),
         train.better("grpo", "grpo_no_mask"),
@@ -416,7 +247,7 @@ TABLES = {
         },
         title="Search-R1 on held-out geography questions",
     ),
-    "turns": on_two_hops(
+    "turns": _on_two_hops(
         train.better("two_searches", "one_search"),
         train.better("three_searches", "one_search"),
         arms={

@@ -17,9 +17,9 @@ def pack_sequences(
     """Puts sequences, in their order, each into the first of `num_rows` rows that has room; the rest is left out.
 
     Returns:
-      `tokens`, `mask`, `segment_ids` and `positions`, each `[num_rows, row_length]`. A segment's positions start at 0, its
-      first token is never in the mask (nothing predicts it), padding has segment -1; and `num_packed`, how many sequences
-      went in.
+      `tokens`, `mask`, `segment_ids` and `positions`, each `[num_rows, row_length]`. A segment's positions start at 0,
+      its first token is never in the mask (nothing predicts it), padding has segment -1; and `num_packed`, how many
+      sequences went in.
 
     Raises:
       ValueError: a sequence is longer than a row.

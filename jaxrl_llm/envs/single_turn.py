@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 class SingleTurnEnv:
     """Ends after the first turn with `reward(task, tokens[L], length) -> f32[]`, NaN for "not scorable".
 
-    A task is a dict with `prompt_tokens` int32[L0], padded on the right, `prompt_length` int32[] and whatever the reward needs.
+    A task is a dict with `prompt_tokens` int32[L0], padded on the right, `prompt_length` int32[] and whatever the
+    reward needs.
     """
 
     reward: Callable[[PyTree, Int[Array, "L"], Int[Array, ""]], Float[Array, ""]]

@@ -1,7 +1,7 @@
 """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Touvron et al. 2023).
 
-Layers are unrolled, each with its own key/value arrays: on a CPU a scan over stacked layers doubles an update and copies the
-cache at every decode step.
+Layers are unrolled, each with its own key/value arrays: on a CPU a scan over stacked layers doubles an update and
+copies the cache at every decode step.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def attend(
     values: Float[Array, "B KV S D"],
     allowed: Bool[Array, "B #T S"],
 ) -> Float[Array, "B T HD"]:
-    """Softmax attention with `H / KV` query heads to a key/value head. A query that may see nothing gets the mean value."""
+    """Softmax attention with `H / KV` query heads to a key/value head. A query that may see nothing gets the mean
+    value."""
     batch, length, heads, dim = queries.shape
     grouped = queries.reshape(batch, length, keys.shape[1], -1, dim)
     scores = jnp.einsum("btkrd,bksd->bkrts", grouped, keys, preferred_element_type=jnp.float32) * dim**-0.5
@@ -155,11 +156,11 @@ class Decoder(nnx.Module):
 class Model:
     """A decoder behind the functional seam.
 
-    `apply(params, tokens[B, T], *, positions[B, T], segment_ids[B, T], cache) -> (hidden[B, T, D], cache)`. Without a cache,
-    attention is causal by place within a row and stays inside a segment; positions default to 0, 1, ... and restart where the
-    caller lets them (packed rows). With a cache, keys are written at their position and a query sees all positions up to its
-    own; position -1 marks padding. `hidden` goes to `ops.token_logprobs` with `head(params)`, so that `[B, T, V]` need
-    never exist.
+    `apply(params, tokens[B, T], *, positions[B, T], segment_ids[B, T], cache) -> (hidden[B, T, D], cache)`. Without a
+    cache, attention is causal by place within a row and stays inside a segment; positions default to 0, 1, ... and
+    restart where the caller lets them (packed rows). With a cache, keys are written at their position and a query sees
+    all positions up to its own; position -1 marks padding. `hidden` goes to `ops.token_logprobs` with `head(params)`,
+    so that `[B, T, V]` need never exist.
     """
 
     config: DecoderConfig

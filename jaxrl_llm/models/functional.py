@@ -1,7 +1,8 @@
 """From a Flax NNX module to the seam that everything else sees: a pure function and a pytree of parameters.
 
-Modules are split once, at construction. Steps are then plain `jax.jit` over nested dicts, which dispatches several times faster
-than graph-mode `nnx.jit` for small models and lets a reference policy or an average be just another pytree.
+Modules are split once, at construction. Steps are then plain `jax.jit` over nested dicts, which dispatches several
+times faster than graph-mode `nnx.jit` for small models and lets a reference policy or an average be just another
+pytree.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jaxrl_llm.types import Params
 def split_module(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
     """Splits a module that `make(rngs)` builds into `(init, apply)`.
 
-    `init(key) -> params` draws parameters as nested dicts with string keys; `apply(params, *args, **kwargs)` calls the module.
-    Nothing is allocated until `init` is called, and both are safe under `jit`, `grad` and `vmap`.
+    `init(key) -> params` draws parameters as nested dicts with string keys; `apply(params, *args, **kwargs)` calls the
+    module. Nothing is allocated until `init` is called, and both are safe under `jit`, `grad` and `vmap`.
     """
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
     template = nnx.to_pure_dict(abstract)
@@ -38,7 +39,8 @@ def _match(tree: Any, key_type: Callable[[Any], Any]) -> Any:
 
 
 def _like(template: Any, params: Any) -> Any:
-    """Gives `params` the key types of the module: list entries are integers in NNX, strings in files and checkpoints."""
+    """Gives `params` the key types of the module: list entries are integers in NNX, strings in files and
+    checkpoints."""
     if not isinstance(template, dict):
         return params
     if not isinstance(params, dict) or {str(k) for k in template} != set(params):

@@ -19,7 +19,8 @@ from jaxrl_llm.types import Params
 def save_params(
     params: Params, path: str | Path, *, dtype: DTypeLike | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes nested dicts of arrays to one safetensors file; names are joined by dots. `dtype` rounds them all to a type."""
+    """Writes nested dicts of arrays to one safetensors file; names are joined by dots. `dtype` rounds them all to a
+    type."""
     flat = {name: jnp.asarray(value, dtype) for name, value in flatten_dict(params, sep=".").items()}
     save_file(flat, str(path), metadata=dict(metadata or {}))
 

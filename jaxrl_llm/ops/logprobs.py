@@ -15,10 +15,10 @@ def token_logprobs(
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """Log-prob and entropy (nats) of the distribution that `hidden` predicts, for the token `targets` beside it.
 
-    `log softmax(hidden @ head.T / temperature)[target]`, renormalized over what the filters of `decoding` keep, so that a token
-    sampled under `decoding` gets the log-prob it was sampled with. The caller aligns: the hidden state at t goes with the
-    token at t + 1. Entries where `mask` is false are 0 and cost nothing. `[..., V]` exists for `chunk` tokens at a time, in
-    the backward pass too. The entropy carries a gradient only with `entropy_gradient`. Float32.
+    `log softmax(hidden @ head.T / temperature)[target]`, renormalized over what the filters of `decoding` keep, so that
+    a token sampled under `decoding` gets the log-prob it was sampled with. The caller aligns: the hidden state at t
+    goes with the token at t + 1. Entries where `mask` is false are 0 and cost nothing. `[..., V]` exists for `chunk`
+    tokens at a time, in the backward pass too. The entropy carries a gradient only with `entropy_gradient`. Float32.
 
     Raises:
       ValueError: shapes do not fit.

@@ -171,7 +171,7 @@ def reduce_loss(x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, agg: Aggreg
 
 
 class Moments(NamedTuple):
-    """Running mean, population variance and number of values. The defaults are a weak prior of mean 0 and variance 1."""
+    """Running mean, population variance and number of values; by default a weak prior of mean 0 and variance 1."""
 
     mean: Float[Array, ""] | np.floating = np.float32(0)
     var: Float[Array, ""] | np.floating = np.float32(1)
@@ -194,8 +194,12 @@ def update_moments(state: Moments, x: Float[Array, "..."], valid: Bool[Array, ".
 
 
 def dense_ids(ids: Int[Array, "..."]) -> Int[Array, "..."]:
-    """The same partition with ids from 0 to below `ids.size`, so that any integers may name groups at static shapes."""
-    return jnp.unique(ids, return_inverse=True, size=ids.size)[1].reshape(ids.shape)
+    """The same partition with ids in 0..size-1, so that any integers may name groups at static shapes.
+
+    The new id is the place that the old one first takes among all in order.
+    """
+    flat = jnp.ravel(ids)
+    return jnp.searchsorted(jnp.sort(flat), flat, method="scan_unrolled").reshape(ids.shape)
 
 
 def _weighted(x: Float[Array, "..."], mask: Bool[Array, "..."], weights: Float[Array, "..."] | None

@@ -8,8 +8,8 @@ A fixed number of slots decode side by side. The two nested loops are:
         until enough slots wait for the environment:
             feed each slot its next known tokens; where none are left, sample one
 
-The environment runs only in the outer loop, so waiting slots gather and its cost is shared. What is already known (the last
-prompt token, an observation) goes through the same step as a sampled token.
+The environment runs only in the outer loop, so waiting slots gather and its cost is shared. What is already known (the
+last prompt token, an observation) goes through the same step as a sampled token.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def rollout(
 ) -> Rollout:
     """Plays `group_size` episodes of every task and returns them with a group's episodes side by side.
 
-    The prompt of a task is prefilled once and shared by its group. Each sampled token uses one uniform number folded from
-    (key, sequence, position), so that a sample depends neither on the slot it ran in nor on the number of slots.
+    The prompt of a task is prefilled once and shared by its group. Each sampled token uses one uniform number folded
+    from (key, sequence, position), so that a sample depends neither on the slot it ran in nor on the number of slots.
 
     Args:
       model, params: the policy.
@@ -85,7 +85,8 @@ def rollout(
       decoding: how tokens are drawn; recorded in the rollout.
       group_size: G, episodes per task.
       num_slots: sequences decoded side by side.
-      window: how many known tokens a slot takes per step while observations are pending. 1 is best on a CPU, where a step
+      window: how many known tokens a slot takes per step while observations are pending. 1 is best on a CPU, where a
+      step
         costs by the token; where it costs by the launch, 8 or 16 shorten the loop.
       wait_fraction: share of the busy slots that gathers before the environment is stepped.
 

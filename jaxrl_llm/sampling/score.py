@@ -24,12 +24,13 @@ def score_rollout(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-prob and entropy (nats) of the rollout's tokens, 0 where `mask` is false (default: the policy's tokens).
 
-    The same distribution that the sampler recorded: same temperature, same filters. `shared_prefix` is a number of leading
-    tokens, less than the shortest prompt, that the `group_size` rollouts of a group have in common: they are computed once and
-    their keys and values serve the whole group, gradient included.
+    The same distribution that the sampler recorded: same temperature, same filters. `shared_prefix` is a number of
+    leading tokens, less than the shortest prompt, that the `group_size` rollouts of a group have in common: they are
+    computed once and their keys and values serve the whole group, gradient included.
 
     Raises:
-      ValueError: the rollout was sampled under another `decoding` than it is to be scored with (ratios would be off from the
+      ValueError: the rollout was sampled under another `decoding` than it is to be scored with (ratios would be off
+      from the
         start), or `group_size` does not divide the batch.
     """
     if rollout.decoding != decoding:

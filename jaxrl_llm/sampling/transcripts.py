@@ -16,8 +16,8 @@ from jaxrl_llm.types import Rollout, Span
 
 
 def rollout_spans(sampled: Rollout, row: int, tokenizer: Tokenizer) -> list[Span]:
-    """The prompt, the policy's turns and the observations of one sequence, in order. Decoded span by span, for looking at and
-    for rewards of text; training never encodes it again."""
+    """The prompt, the policy's turns and the observations of one sequence, in order. Decoded span by span, for looking
+    at and for rewards of text; training never encodes it again."""
     length, prompt_length = int(sampled.lengths[row]), int(sampled.prompt_lengths[row])
     tokens, mask = np.asarray(sampled.tokens[row][:length]), np.asarray(sampled.mask[row][:length])
     turns = np.asarray(sampled.turn_ids[row][:length])
@@ -31,7 +31,8 @@ def rollout_spans(sampled: Rollout, row: int, tokenizer: Tokenizer) -> list[Span
 
 
 def transcripts(sampled: Rollout, tokenizer: Tokenizer, **columns: ArrayLike) -> Iterator[dict[str, Any]]:
-    """One JSON-ready dict per sequence: `reward`, `truncated`, `spans` (role and text), and a value of each of `columns`."""
+    """One JSON-ready dict per sequence: `reward`, `truncated`, `spans` (role and text), and a value of each of
+    `columns`."""
     sampled = jax.device_get(sampled)
     for row in range(len(sampled.lengths)):
         spans = [span._asdict() for span in rollout_spans(sampled, row, tokenizer)]

@@ -20,8 +20,8 @@ def make_sft_step(
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
     """`step(state, packed) -> (state, metrics)`: negative log-likelihood, mean over the masked tokens of the batch.
 
-    `packed` is what `data.pack_sequences` returns: a segment sees only itself. `state.params` are the decoder's. The metric
-    `token_probability` is the geometric mean of the masked tokens' probabilities.
+    `packed` is what `data.pack_sequences` returns: a segment sees only itself. `state.params` are the decoder's. The
+    metric `token_probability` is the geometric mean of the masked tokens' probabilities.
     """
 
     def loss_fn(params: Params, packed: PyTree) -> tuple[Array, Metrics]:

@@ -24,11 +24,11 @@ def fused_logprob(
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """Log-probability of `targets` and entropy (nats) under `softmax(hidden @ head.T / temperature)`, filtered.
 
-    Logits exist for `chunk` rows at a time, forward and backward (they are computed again). With a filter the log-prob is
-    that of the renormalized distribution of `filter_logits`, which never excludes the target; the entropy is always of the
-    unfiltered one. Rows where `needed` is false give 0 and no gradient, and cost nothing: needed rows are moved to the front
-    and chunks without any are skipped. Differentiable in hidden and head; the entropy only with `entropy_gradient`, since its
-    backward pass costs as much again. All in float32.
+    Logits exist for `chunk` rows at a time, forward and backward (they are computed again). With a filter the log-prob
+    is that of the renormalized distribution of `filter_logits`, which never excludes the target; the entropy is always
+    of the unfiltered one. Rows where `needed` is false give 0 and no gradient, and cost nothing: needed rows are moved
+    to the front and chunks without any are skipped. Differentiable in hidden and head; the entropy only with
+    `entropy_gradient`, since its backward pass costs as much again. All in float32.
     """
     num_rows = hidden.shape[0]
     if needed is not None:

@@ -20,9 +20,9 @@ def filter_logits(
 ) -> Float[Array, "N V"]:
     """Logits over `temperature`, minus infinity where a filter excludes the token. Float32.
 
-    The order is top-k, then top-p among what is left, then min-p relative to the largest probability. Ties at a threshold are
-    kept. `keep` names a token per row that is never excluded: a token that was sampled stays in the support when it is scored
-    again, although rounding may move it across the threshold.
+    The order is top-k, then top-p among what is left, then min-p relative to the largest probability. Ties at a
+    threshold are kept. `keep` names a token per row that is never excluded: a token that was sampled stays in the
+    support when it is scored again, although rounding may move it across the threshold.
     """
     filtered = logits.astype(jnp.float32) / temperature
     scaled = filtered
@@ -43,7 +43,8 @@ def filter_logits(
 
 
 def sample_tokens(logits: Float[Array, "N V"], uniform: Float[Array, "N"]) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
-    """Draws a token a row from `softmax(logits)` by inverting its CDF at `uniform` in [0, 1); returns it with its log-prob.
+    """Draws a token a row from `softmax(logits)` by inverting its CDF at `uniform` in [0, 1); returns it with its
+    log-prob.
 
     The CDF is summed over blocks of 128 tokens first, then inside one block, so that a row costs one pass over the
     vocabulary (about ten times faster on a CPU than Gumbel noise, which needs a random number per token). A token of
@@ -67,7 +68,8 @@ def sample_tokens(logits: Float[Array, "N V"], uniform: Float[Array, "N"]) -> tu
 
 
 def _first_above(ends: Float[Array, "N M"], target: Float[Array, "N 1"], possible) -> Int[Array, "N"]:
-    """First possible entry whose cumulative weight exceeds the target; the last possible one if rounding leaves none."""
+    """First possible entry whose cumulative weight exceeds the target; the last possible one if rounding leaves
+    none."""
     above = (ends > target) & possible
     last = ends.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
     return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), last).astype(jnp.int32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.agentic_search.search_r1 import get_config
-from experiments.agentic_search import search_r1
+from experiments.agentic_search import _geography, search_r1
 from jaxrl_llm import train
 from jaxrl_llm.train.config import override
 
@@ -23,7 +23,7 @@ def config_of(arm="tiny", **overrides):
 
 def shapes_of_an_iteration(config):
     """Traces one iteration without running it."""
-    world, agent = search_r1.make_world(config), search_r1.make_agent(config)
+    world, agent = _geography.make_world(config), _geography.make_agent(config)
     optimizer = search_r1.make_optimizers(config)
 
     def start_and_iterate(world, key):
@@ -83,20 +83,20 @@ def test_paper_settings_trace():
 
 def test_warm_start_from_scratch(tmp_path):
     config = config_of(warm_start__from_scratch=True, warm_start__steps=2, warm_start__rows=4)
-    model = search_r1.make_agent(config).policy
+    model = _geography.make_agent(config).policy
     with train.RunLog(tmp_path, config, quiet=True) as log:
-        params = search_r1.warm_start(config, model, log)
+        params = _geography.warm_start(config, model, log)
     again = config_of(warm_start__weights=str(tmp_path / "warm_start.safetensors"))
-    loaded = search_r1.warm_start(again, model, None)
+    loaded = _geography.warm_start(again, model, None)
     # the file holds bfloat16: 8 bits of mantissa
     for made, read in zip(jax.tree.leaves(params), jax.tree.leaves(loaded), strict=True):
         np.testing.assert_allclose(made, read, rtol=2**-8)
 
 
 def test_shipped_weights_are_those_recorded():
-    record = json.loads(search_r1.WEIGHTS.with_suffix(".json").read_text())
-    assert hashlib.sha256(search_r1.WEIGHTS.read_bytes()).hexdigest() == record["sha256"]
-    assert search_r1.WEIGHTS.stat().st_size <= 4_000_000
+    record = json.loads(_geography.WEIGHTS.with_suffix(".json").read_text())
+    assert hashlib.sha256(_geography.WEIGHTS.read_bytes()).hexdigest() == record["sha256"]
+    assert _geography.WEIGHTS.stat().st_size <= 4_000_000
     assert "--config.warm_start.from_scratch=True" in record["command"]
 
 

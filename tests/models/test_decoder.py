@@ -43,7 +43,8 @@ def test_padding_is_not_written_to_the_cache(params, tokens):
 
 
 def test_packed_segments_do_not_leak(params, tokens):
-    """Perturbing one segment leaves the other's states unchanged bit for bit, and they equal those of the segment alone."""
+    """Perturbing one segment leaves the other's states unchanged bit for bit, and they equal those of the segment
+    alone."""
     segments = jnp.where(jnp.arange(LENGTH) < 5, 0, 1)[None]
     positions = jnp.concatenate([jnp.arange(5), jnp.arange(LENGTH - 5)])[None]
     apply = jax.jit(lambda row: MODEL.apply(params, row, positions=positions, segment_ids=segments)[0])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import ops
+from tests.ops.oracles import quick_jit
 
 B, T, K, V = 4, 6, 3, 5
 
@@ -167,7 +168,7 @@ def governed_by(inputs, name):
 def evaluator(case):
     """Outputs and, by argument, the gradient of their sum: one compilation for all inputs of a shape."""
 
-    @jax.jit
+    @quick_jit
     def run(inputs):
         moving = {name: x for name, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.floating)}
         if not case.differentiable or not moving:
@@ -207,7 +208,7 @@ def test_vmap_and_half_precision(name):
         return {k: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for k, x in inputs.items()}
 
     halves = [cast(inputs_of(CASES[name], seed), jnp.bfloat16) for seed in (0, 1)]
-    outputs = jax.jit(jax.vmap(lambda inputs: call(CASES[name], inputs)))(
+    outputs = quick_jit(jax.vmap(lambda inputs: call(CASES[name], inputs)))(
         jax.tree.map(lambda *xs: jnp.stack(xs), *halves)
     )
     assert all(leaf.dtype == jnp.float32 for leaf in floats(outputs))

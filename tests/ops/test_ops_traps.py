@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from jaxrl_llm import ops
 from tests.ops import oracles
+from tests.ops.oracles import quick_jit
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 BATCH, ACTIONS, LENGTH = 3, 4, 12
@@ -34,7 +36,7 @@ def spread(compact, positions, filler):
     return jnp.asarray(result)
 
 
-@jax.jit
+@quick_jit
 def estimators(rewards, outcome, values, logprobs, ref, ratios, discounts, mask):
     shaped = ops.kl_shaped_rewards(outcome, logprobs, ref, mask, beta=0.2)
     return {
@@ -151,10 +153,10 @@ def test_micro_batches_add_up(loss, aggregations):
                 jax.vmap(lambda piece: losses_under(aggregations, loss, piece, denominators))(pieces), axis=0
             )
 
-        return jax.jit(lambda x: (accumulated(x), jax.jacrev(accumulated)(x)))(batch["logprobs"])
+        return quick_jit(lambda x: (accumulated(x), jax.jacrev(accumulated)(x)))(batch["logprobs"])
 
     expected = graded(1, aggregations)
-    np.testing.assert_allclose(expected[0], jax.jit(lambda: losses_under(aggregations, loss, batch))(), rtol=1e-6)
+    np.testing.assert_allclose(expected[0], quick_jit(lambda: losses_under(aggregations, loss, batch))(), rtol=1e-6)
     for num_micro in (2, 4, 8) if loss is ops.ppo_clip_loss else (4,):
         kept = [setting for setting in aggregations if num_micro < 8 or setting[0] != "rollout"]
         for value, whole in zip(graded(num_micro, kept), expected, strict=True):
@@ -171,7 +173,7 @@ def test_masked_sequences_do_not_count():
 
     def graded(batch):
         losses = lambda x: losses_under(AGGREGATIONS, ops.ppo_clip_loss, {**batch, "logprobs": x})  # noqa: E731
-        return jax.jit(lambda x: (losses(x), jax.jacrev(losses)(x)))(batch["logprobs"])
+        return quick_jit(lambda x: (losses(x), jax.jacrev(losses)(x)))(batch["logprobs"])
 
     (value, gradient), (longer_value, longer_gradient) = graded(batch), graded(longer)
     factor = np.array([8 / 11 if agg == "const" else 1 for agg, _ in AGGREGATIONS])
@@ -257,7 +259,7 @@ def per_token(kind):
         return ops.kl_estimate(jax.nn.log_softmax(logits)[token], jnp.asarray(REF, jnp.float32)[token], kind=kind)
 
     tokens, logits = jnp.arange(5), jnp.asarray(LOGITS, jnp.float32)
-    value, gradient = jax.jit(jax.vmap(jax.value_and_grad(estimate), in_axes=(None, 0)))(logits, tokens)
+    value, gradient = quick_jit(jax.vmap(jax.value_and_grad(estimate), in_axes=(None, 0)))(logits, tokens)
     return np.asarray(value, np.float64), np.asarray(gradient, np.float64)
 
 
@@ -303,20 +305,23 @@ def answer_logprobs(theta):
     return jnp.where(ANSWER_MASK, logits[ANSWERS], 0)
 
 
-def expected_gradient(agg, size, **options):
-    """Exact mean over all batches of `size` answers of the gradient of the REINFORCE loss."""
+def expected_gradients(size):
+    """By aggregation: the exact mean, over all batches of `size` answers, of the gradient of the REINFORCE loss."""
     batches = jnp.array(list(itertools.product(range(4), repeat=size)))
+    options = {"const": {"max_len": 2}, "rollout": {"rollout_ids": jnp.arange(size)}}
+    names = get_args(ops.Aggregation)
 
     def gradient(batch):
-        def loss(theta):
+        def losses(theta):
             logprobs, mask = answer_logprobs(theta)[batch], jnp.asarray(ANSWER_MASK)[batch]
             rewards = jnp.asarray(ANSWER_REWARDS, jnp.float32)[batch]
-            advantages = ops.broadcast_values(rewards - 0.2, mask)  # a constant baseline changes no mean
-            return ops.reinforce_loss(logprobs, logprobs, advantages, mask, agg=agg, **options)[0]
+            arrays = logprobs, logprobs, ops.broadcast_values(rewards - 0.2, mask), mask  # a baseline changes no mean
+            return jnp.stack([ops.reinforce_loss(*arrays, agg=agg, **options.get(agg, {}))[0] for agg in names])
 
-        return jnp.exp(answer_logprobs(THETA)[batch].sum()) * jax.grad(loss)(THETA)
+        return jnp.exp(answer_logprobs(THETA)[batch].sum()) * jax.jacrev(losses)(THETA)
 
-    return np.asarray(jnp.sum(jax.jit(jax.vmap(gradient))(batches), axis=0), np.float64)
+    gradients = jnp.sum(quick_jit(jax.vmap(gradient))(batches), axis=0)
+    return dict(zip(names, np.asarray(gradients, np.float64), strict=True))
 
 
 def cosine(a, b):
@@ -324,23 +329,19 @@ def cosine(a, b):
 
 
 def test_length_bias_of_aggregations():
-    exact = np.asarray(
-        jax.grad(lambda theta: -jnp.exp(answer_logprobs(theta).sum(axis=1)) @ ANSWER_REWARDS)(THETA), np.float64
-    )
-    # Sums are unbiased at any batch size, the constant divisor being a factor.
-    np.testing.assert_allclose(expected_gradient("seq_sum", 2), exact, atol=1e-6)
-    np.testing.assert_allclose(expected_gradient("const", 2, max_len=2), exact / 2, atol=1e-6)
-    # A mean per sequence points elsewhere, however large the batch.
-    for size in (1, 4):
-        assert cosine(expected_gradient("seq", size), exact) < 0.98
-    np.testing.assert_allclose(
-        expected_gradient("rollout", 2, rollout_ids=jnp.arange(2)), expected_gradient("seq", 2), atol=1e-6
-    )
-    # The token mean divides by a random count: off in direction, less and less as the batch grows.
-    off = [1 - cosine(expected_gradient("token", size), exact) for size in (1, 2, 4)]
-    assert (
-        off[0] > 0.01 and off[0] > 4 * off[1] > 16 * off[2]
-    )  # an angle that halves with the batch: its cosine, squared
+    exact = jax.grad(lambda theta: -jnp.exp(answer_logprobs(theta).sum(axis=1)) @ ANSWER_REWARDS)(THETA)
+    by_size = [expected_gradients(size) for size in (1, 2, 4)]
+    for gradients in by_size:
+        # Sums are unbiased at any batch size, the constant divisor being a factor.
+        np.testing.assert_allclose(gradients["seq_sum"], exact, atol=1e-6)
+        np.testing.assert_allclose(gradients["const"], exact / 2, atol=1e-6)
+        # A mean per sequence points elsewhere, however large the batch.
+        assert cosine(gradients["seq"], exact) < 0.98
+        np.testing.assert_allclose(gradients["rollout"], gradients["seq"], atol=1e-6)
+    # The token mean divides by a random count. Its angle to the exact gradient at least halves as the batch doubles,
+    # and 1 - cosine is half the angle squared.
+    off = [1 - cosine(gradients["token"], exact) for gradients in by_size]
+    assert off[0] > 0.01 and off[0] > 4 * off[1] and off[0] > 10 * off[2]
 
 
 # Rewards that could not be computed.
@@ -355,9 +356,8 @@ def test_unscorable_rewards_are_in_no_statistic():
         advantages = jax.jit(estimate)(rewards, group_ids, mask, valid=valid)
         alone = jax.jit(estimate)(jnp.array([1.0, 0.0, 0.5]), jnp.zeros(3, jnp.int32), mask[:3])
         np.testing.assert_allclose(advantages[jnp.array([0, 2, 3])], alone, rtol=1e-6)
-        assert not advantages[
-            jnp.array([1, 4, 5, 6, 7])
-        ].any()  # unscorable, a group of them, and the one left of a pair
+        # Unscorable, a group of such, and the one that is left of a pair.
+        assert not advantages[jnp.array([1, 4, 5, 6, 7])].any()
 
     scored = mask & valid[:, None]  # the loss leaves them out of the divisor too
     logprobs = -jnp.linspace(0.1, 2, 24).reshape(8, 3)
@@ -371,8 +371,9 @@ def test_unscorable_rewards_are_in_no_statistic():
     assert np.all(np.isfinite(gradient)) and not gradient[~valid].any() and gradient[:4][valid[:4]].any()
     assert not gradient[4:6].any()  # the group without any reward
     np.testing.assert_array_equal(gradient, jax.grad(graded)(logprobs, jnp.where(valid, rewards, 7.0)))
-    assert ops.dynamic_sampling_mask(rewards, group_ids, valid).tolist() == [True, False, True, True] + [False] * 4
-    np.testing.assert_allclose(ops.informative_group_scale(rewards, group_ids, valid), 2)
+    kept = jax.jit(ops.dynamic_sampling_mask)(rewards, group_ids, valid)
+    assert kept.tolist() == [True, False, True, True] + [False] * 4
+    np.testing.assert_allclose(jax.jit(ops.informative_group_scale)(rewards, group_ids, valid), 2)
 
 
 # Groups are sets: their names and the order of samples mean nothing.
@@ -397,4 +398,4 @@ def test_groups_do_not_depend_on_order_or_names(seed, levels):
 
 @functools.cache
 def normalize(center, scale):
-    return jax.jit(functools.partial(ops.group_normalize, center=center, scale=scale))
+    return quick_jit(functools.partial(ops.group_normalize, center=center, scale=scale))

@@ -1,11 +1,11 @@
 """Literal numbers, worked out by hand from the papers' definitions or read off their released code."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxrl_llm.ops
+from tests.ops.oracles import quick_jit
 
 
 class Jitted:
@@ -13,7 +13,7 @@ class Jitted:
 
     def __getattr__(self, name):
         op = getattr(jaxrl_llm.ops, name)
-        return lambda *arrays, **options: jax.jit(lambda *arrays: op(*arrays, **options))(*arrays)
+        return lambda *arrays, **options: quick_jit(lambda *arrays: op(*arrays, **options))(*arrays)
 
 
 ops = Jitted()
@@ -64,6 +64,7 @@ def test_lone_member_and_equal_rewards():
     check(first_token(ops.rloo_advantages(rewards, ids, mask, singleton="raw")), [2, 0, 0])
     # 0.1 has no exact mean in float32: what rounding leaves must not be divided by eps.
     assert not ops.group_normalize(jnp.full(7, 0.1), jnp.zeros(7, jnp.int32)).any()
+    assert not ops.masked_whiten(jnp.full((1, 7), 0.1), jnp.ones((1, 7), bool)).any()
 
 
 def test_generalized_advantages_skip_the_observation():
@@ -84,7 +85,7 @@ def losses_of(op, ratios, advantages, **options):
     """Per-token values, read off one-token batches."""
     op = getattr(jaxrl_llm.ops, op)
     ones = jnp.ones((1, 1), bool)
-    graded = jax.jit(lambda logprobs, advantage: op(logprobs, array([0]), advantage, ones, **options)[0])
+    graded = quick_jit(lambda logprobs, advantage: op(logprobs, array([0]), advantage, ones, **options)[0])
     return [float(graded(array([np.log(r)]), array([a]))) for r, a in zip(ratios, advantages, strict=True)]
 
 

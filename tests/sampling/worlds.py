@@ -35,7 +35,8 @@ class ScriptedModel:
 
 @dataclasses.dataclass(frozen=True)
 class EchoEnv:
-    """Answers each turn with tokens made from it, 0 to 5 of them; ends after `turns` turns. The reward of a turn is its length."""
+    """Answers each turn with tokens made from it, 0 to 5 of them; ends after `turns` turns. The reward of a turn is its
+    length."""
 
     turns: int = 3
 
