@@ -55,7 +55,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "from_scratch": False,  # False: read the weights that training from scratch made
             "weights": None,  # a file; None: the one that is shipped with the page
             "seed": 0,
-            "steps": 2000,
+            "steps": 2400,
             "rows": 32,
             "row_length": 128,
             "max_searches": 3,

@@ -209,10 +209,13 @@ def report(
     log.summary(summary | {"minutes": round((time.perf_counter() - log.opened) / 60, 2)})
     if isinstance(config.seed, int):
         write_transcripts(log.workdir / "rollouts.jsonl", results["trained"][1], geography_tokenizer(), hops=hops)
-        log.figure(
-            "learning_curve",
-            train.learning_curves(
-                {config.algorithm: [log.workdir]},
-                ["reward", *(f"eval/success/{n}" for n in config.hops), "entropy", "kl"],
-            ),
-        )
+    if config.steps:
+        held_out = {f"eval/success/{n}": f"held-out success, hops: {n}" for n in config.hops}
+        names = {
+            "reward": "training reward",
+            **held_out,
+            "entropy": "entropy (nats)",
+            "kl": "KL to the warm start (nats)",
+        }
+        figure = train.learning_curves({config.algorithm: [log.workdir]}, list(names), ylabels=names)
+        log.figure("learning_curve", figure)

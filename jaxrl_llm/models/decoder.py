@@ -71,10 +71,15 @@ def attend(
     """Softmax attention with `H / KV` query heads to a key/value head. A query that may see nothing gets the mean
     value."""
     batch, length, heads, dim = queries.shape
-    grouped = queries.reshape(batch, length, keys.shape[1], -1, dim)
-    scores = jnp.einsum("btkrd,bksd->bkrts", grouped, keys, preferred_element_type=jnp.float32) * dim**-0.5
-    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, -1e30), axis=-1).astype(values.dtype)
-    return jnp.einsum("bkrts,bksd->btkrd", weights, values).reshape(batch, length, heads * dim)
+    kv_heads, groups = keys.shape[1], heads // keys.shape[1]
+    # one axis for all queries of a key/value head: only small arrays are transposed, never the scores
+    queries = jnp.moveaxis((queries * dim**-0.5).reshape(batch, length, kv_heads, groups, dim), 1, 3)
+    queries = queries.reshape(batch, kv_heads, groups * length, dim)
+    scores = jnp.einsum("bkqd,bksd->bkqs", queries, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(jnp.tile(allowed[:, None], (1, 1, groups, 1)), scores, -1e30), axis=-1)
+    attended = jnp.einsum("bkqs,bksd->bkqd", weights.astype(values.dtype), values)
+    attended = jnp.moveaxis(attended.reshape(batch, kv_heads, groups, length, dim), 3, 1)
+    return attended.reshape(batch, length, heads * dim)
 
 
 class Attention(nnx.Module):

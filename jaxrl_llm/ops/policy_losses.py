@@ -6,15 +6,14 @@ Common arguments, all [B, T]:
   advantages: a constant, as are `weights` and `old_logprobs`.
   mask: true at policy tokens. What stands under a false entry is never read and its gradient is exactly 0.
   agg, max_len, rollout_ids, weights, denominator: which mean is taken over the tokens, see `aggregate_loss` (which of
-  them
-    are biased) and `reduce_loss`. `denominator` is for gradient accumulation: pass
+    them are biased) and `reduce_loss`. `denominator` is for gradient accumulation: pass
     `loss_denominator(mask_of_the_batch)` to the loss of each micro-batch and the sum of their gradients is that of the
     batch.
 
 The loss is a float32 scalar, to be minimized; 0 for an empty mask. Metrics are flat float32 scalars, token means over
-the mask of this (micro-)batch: `ratio_mean`, `ratio_min`, `ratio_max`, `clip_fraction`, and the KL of the old policy
-from the new, `approx_kl_k1` (`-log ratio`) and `approx_kl_k3` (`ratio - 1 - log ratio`), both estimated on the old
-policy's samples. Log-ratios are clamped to [-20, 20] before `exp`.
+the mask of this (micro-)batch: `ratio_mean`, `ratio_min`, `ratio_max`, `clip_fraction`, and two
+estimates of KL(old || new) on the old policy's samples, `approx_kl_k1` (`-log ratio`) and `approx_kl_k3`
+(`ratio - 1 - log ratio`). Log-ratios are clamped to [-20, 20] before `exp`.
 """
 
 from __future__ import annotations

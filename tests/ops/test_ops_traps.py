@@ -376,14 +376,12 @@ def test_unscorable_rewards_are_in_no_statistic():
     np.testing.assert_allclose(jax.jit(ops.informative_group_scale)(rewards, group_ids, valid), 2)
 
 
-# Groups are sets: their names and the order of samples mean nothing.
-
-
 @given(
     seed=st.integers(0, 1000),
     levels=st.sampled_from([("group", "group"), ("leave_one_out", "none"), ("group", "batch")]),
 )
 def test_groups_do_not_depend_on_order_or_names(seed, levels):
+    """Groups are sets: their names and the order of samples mean nothing."""
     rng = np.random.default_rng(seed)
     rewards, ids, valid = rng.normal(size=9), rng.integers(0, 4, 9), rng.random(9) < 0.8
     order, names = rng.permutation(9), rng.choice(10**6, 4, replace=False) - 500_000

@@ -99,7 +99,7 @@ def test_progress_shows_what_there_is(capsys, tmp_path):
         "kl": None,
         "skipped": 0,
     }
-    assert progress_text(values) == "tokens/s 12,346  reward 0.5  success 0.25"
+    assert progress_text(values) == "tokens/s 12,346  reward 0.5  success 0.1  held out 0.25"
     assert progress_text({"skipped": 2}) == "skipped 2"
     with RunLog(tmp_path, CONFIG) as log:
         log.start_stage("train", 0, 3)
