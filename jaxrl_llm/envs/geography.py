@@ -58,6 +58,8 @@ class GeographyTask:
 @partial(jax.tree_util.register_dataclass, data_fields=["answers", "answer_mask", "searches"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class GeographyState:
+    """What an episode keeps between turns."""
+
     answers: UInt32[Array, "A 2"]
     answer_mask: Bool[Array, "A"]
     searches: Int[Array, ""]  # spent so far
@@ -218,6 +220,8 @@ def make_geography_env(
 
 
 class HostState(NamedTuple):
+    """What an episode on the host keeps between turns."""
+
     question: Question
     searches: int
 

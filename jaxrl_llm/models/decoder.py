@@ -83,6 +83,8 @@ def attend(
 
 
 class Attention(nnx.Module):
+    """Causal self-attention with rotary positions, over the sequence itself or over a cache."""
+
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         self.config = config
         head_dim: int = config.head_dim  # type: ignore[assignment]  # set by the config
@@ -117,6 +119,8 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
+    """Attention and SwiGLU, each behind a norm and added to the residual stream."""
+
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         narrow = nnx.initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "truncated_normal")
         self.attention_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, rngs=rngs)
@@ -134,6 +138,8 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
+    """Embedding, layers, final norm: tokens to hidden states. The output matrix is applied by whoever needs logits."""
+
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Param(
             config.width**-0.5 * jax.random.normal(rngs.params(), (config.vocab_size, config.width))

@@ -26,8 +26,9 @@ def check_shapes(**arguments: tuple[Any, str]) -> None:
         if array is None:
             continue
         if not hasattr(array, "shape"):
-            raise ValueError(f"{name} must be an array of shape [{_listed(axes)}], "
-                             f"got {type(array).__name__} {array!r}")
+            raise ValueError(
+                f"{name} must be an array of shape [{_listed(axes)}], got {type(array).__name__} {array!r}"
+            )
         _check_type(name, array)
         letters, shape = axes.split(), tuple(array.shape)
         if letters[0] == "...":
@@ -39,8 +40,10 @@ def check_shapes(**arguments: tuple[Any, str]) -> None:
             known, source = sizes.setdefault(letter, (size, name))
             if known != size:
                 shown = {key: value for key, (value, _) in sizes.items() if key in letters}
-                raise ValueError(f"{name} must have shape [{_listed(axes)}] with {_where(shown)} as {source} has, "
-                                 f"got {list(array.shape)}")
+                raise ValueError(
+                    f"{name} must have shape [{_listed(axes)}] with {_where(shown)} as {source} has, "
+                    f"got {list(array.shape)}"
+                )
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -50,8 +53,15 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def check_range(name: str, value: Any, low: float = -np.inf, high: float = np.inf, *, open_low: bool = False,
-                open_high: bool = False) -> None:
+def check_range(
+    name: str,
+    value: Any,
+    low: float = -np.inf,
+    high: float = np.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
     """Raises ValueError where a plain number lies outside [low, high]; an array (a schedule's value) passes."""
     if value is None or not isinstance(value, int | float | np.number):
         return

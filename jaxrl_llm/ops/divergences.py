@@ -26,8 +26,13 @@ def token_entropy(logits: Float[Array, "... V"], mask: Bool[Array, "..."] | None
     return -jnp.sum(select(jnp.exp(log_p), possible) * log_p, axis=-1) * _live(mask)
 
 
-def kl_estimate(logprobs: Float[Array, "..."], ref_logprobs: Float[Array, "..."], *, kind: KlKind = "k3",
-                mask: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
+def kl_estimate(
+    logprobs: Float[Array, "..."],
+    ref_logprobs: Float[Array, "..."],
+    *,
+    kind: KlKind = "k3",
+    mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
     """Estimates KL(policy || reference) from a token that the policy sampled, with `d = logprobs - ref_logprobs`:
 
     | `kind` | value             | as an estimate of the KL | its gradient as one of the KL's gradient    |
@@ -63,8 +68,15 @@ def kl_estimate(logprobs: Float[Array, "..."], ref_logprobs: Float[Array, "..."]
     return jax.lax.stop_gradient(value) + (k2 - jax.lax.stop_gradient(k2))
 
 
-def update_kl_coefficient(coef: Float[Array, ""] | float, kl: Float[Array, ""] | float, *, target: float, rate: float,
-                          clip: float = 0.2, floor: float = 0.0) -> Float[Array, ""]:
+def update_kl_coefficient(
+    coef: Float[Array, ""] | float,
+    kl: Float[Array, ""] | float,
+    *,
+    target: float,
+    rate: float,
+    clip: float = 0.2,
+    floor: float = 0.0,
+) -> Float[Array, ""]:
     """`max(coef * (1 + rate * clip(kl / target - 1, -clip, clip)), floor)`, a proportional controller (Ziegler et al.
     2019).
 
@@ -79,8 +91,9 @@ def update_kl_coefficient(coef: Float[Array, ""] | float, kl: Float[Array, ""] |
     return jnp.maximum(jnp.asarray(coef, jnp.float32) * (1 + rate * error), floor)
 
 
-def categorical_kl(logits_p: Float[Array, "... V"], logits_q: Float[Array, "... V"],
-                   mask: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
+def categorical_kl(
+    logits_p: Float[Array, "... V"], logits_q: Float[Array, "... V"], mask: Bool[Array, "..."] | None = None
+) -> Float[Array, "..."]:
     """`sum_v p (log p - log q)` in nats per position, p and q the softmax of the logits; 0 off the mask.
 
     Excluded tokens may have logits of -inf: one that p excludes adds nothing, one that q alone excludes makes it
@@ -93,8 +106,9 @@ def categorical_kl(logits_p: Float[Array, "... V"], logits_q: Float[Array, "... 
     return jnp.sum(select(jnp.exp(log_p), possible) * (log_p - log_q), axis=-1) * _live(mask)
 
 
-def symmetric_kl(logits_p: Float[Array, "... V"], logits_q: Float[Array, "... V"],
-                 mask: Bool[Array, "..."] | None = None) -> Float[Array, "..."]:
+def symmetric_kl(
+    logits_p: Float[Array, "... V"], logits_q: Float[Array, "... V"], mask: Bool[Array, "..."] | None = None
+) -> Float[Array, "..."]:
     """KL(p || q) + KL(q || p), the sum and not its half, in nats per position; see `categorical_kl`."""
     return categorical_kl(logits_p, logits_q, mask) + categorical_kl(logits_q, logits_p, mask)
 

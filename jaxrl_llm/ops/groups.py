@@ -26,8 +26,14 @@ Reduction = Literal["mean", "sum", "max", "min"]
 EpsIn = Literal["var", "std"]
 
 
-def segment_reduce(x: Float[Array, "M"], ids: Int[Array, "M"], num: int, *, how: Reduction = "mean",
-                   valid: Bool[Array, "M"] | None = None) -> Float[Array, "num"]:
+def segment_reduce(
+    x: Float[Array, "M"],
+    ids: Int[Array, "M"],
+    num: int,
+    *,
+    how: Reduction = "mean",
+    valid: Bool[Array, "M"] | None = None,
+) -> Float[Array, "num"]:
     """Mean, sum, max or min of the valid entries with id k, in slot k of `num`. An empty slot is 0; an id outside
     `0..num-1` (such as -1 for none) is left out."""
     check_shapes(x=(x, "M"), ids=(ids, "M"), valid=(valid, "M"))
@@ -44,8 +50,9 @@ def segment_reduce(x: Float[Array, "M"], ids: Int[Array, "M"], num: int, *, how:
     return total if how == "sum" else safe_divide(total, count)
 
 
-def group_stats(x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[Array, "..."] | None = None, *,
-                ddof: int = 1) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
+def group_stats(
+    x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[Array, "..."] | None = None, *, ddof: int = 1
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     """(mean, std, count) of the valid members of a group, handed back to every member, valid or not.
 
     The std divides by `count - ddof` and is 0 where that is not positive.
@@ -55,9 +62,19 @@ def group_stats(x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[Arra
     return stats.mean, _safe_sqrt(stats.var), stats.number
 
 
-def group_normalize(x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[Array, "..."] | None = None, *,
-                    center: Center = "group", scale: Scale = "group", std_of: StdOf = "raw", ddof: int = 1,
-                    eps: float = 1e-6, var_eps: float = 0.0, singleton: Singleton = "zero") -> Float[Array, "..."]:
+def group_normalize(
+    x: Float[Array, "..."],
+    ids: Int[Array, "..."],
+    valid: Bool[Array, "..."] | None = None,
+    *,
+    center: Center = "group",
+    scale: Scale = "group",
+    std_of: StdOf = "raw",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    var_eps: float = 0.0,
+    singleton: Singleton = "zero",
+) -> Float[Array, "..."]:
     """The baseline of the group methods: `(x - mean) / (sqrt(var + var_eps) + eps)`, each level chosen apart.
 
     Args:
@@ -112,8 +129,15 @@ def group_normalize(x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[
     return select(centered, keep)
 
 
-def masked_whiten(x: Float[Array, "B *rest"], mask: Bool[Array, "B *rest"], *, ids: Int[Array, "B"] | None = None,
-                  ddof: int = 1, eps: float = 1e-8, eps_in: EpsIn = "var") -> Float[Array, "B *rest"]:
+def masked_whiten(
+    x: Float[Array, "B *rest"],
+    mask: Bool[Array, "B *rest"],
+    *,
+    ids: Int[Array, "B"] | None = None,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    eps_in: EpsIn = "var",
+) -> Float[Array, "B *rest"]:
     """`(x - mean) / sqrt(var + eps)` over ALL true entries of the batch, or over those with one id; 0 outside the mask.
 
     Args:
@@ -131,23 +155,33 @@ def masked_whiten(x: Float[Array, "B *rest"], mask: Bool[Array, "B *rest"], *, i
     check_choice("eps_in", eps_in, EpsIn)
     check_range("eps", eps, 0)
     if ids is None and is_concrete(mask) and (count := int(np.sum(np.asarray(mask)))) < 2:
-        raise ValueError(f"whitening needs at least 2 true entries of mask, got {count}; "
-                         "a batch this small has no variance: collect more samples")
+        raise ValueError(
+            f"whitening needs at least 2 true entries of mask, got {count}; "
+            "a batch this small has no variance: collect more samples"
+        )
     return whiten(x, mask, ids=ids, ddof=ddof, eps=eps, eps_in=eps_in)
 
 
-def whiten(x: Float[Array, "..."], mask: Bool[Array, "..."], *, ids: Int[Array, "..."] | None = None, ddof: int = 1,
-           eps: float = 1e-8, eps_in: EpsIn = "var") -> Float[Array, "..."]:
+def whiten(
+    x: Float[Array, "..."],
+    mask: Bool[Array, "..."],
+    *,
+    ids: Int[Array, "..."] | None = None,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    eps_in: EpsIn = "var",
+) -> Float[Array, "..."]:
     """`masked_whiten` for ops that define fewer than two entries as 0."""
-    if ids is not None and ids.shape != x.shape[:ids.ndim]:
+    if ids is not None and ids.shape != x.shape[: ids.ndim]:
         raise ValueError(f"ids must have the leading shape of x, {list(x.shape)}, got {list(ids.shape)}")
     stats = _stats(x, None if ids is None else dense_ids(ids), mask, ddof)
     std = jnp.sqrt(stats.var + eps) if eps_in == "var" else _safe_sqrt(stats.var) + eps
     return select(safe_divide(select(x, mask) - stats.mean, std), mask & stats.spread)
 
 
-def informative_group_scale(rewards: Float[Array, "B"], ids: Int[Array, "B"], valid: Bool[Array, "B"] | None = None
-                            ) -> Float[Array, ""]:
+def informative_group_scale(
+    rewards: Float[Array, "B"], ids: Int[Array, "B"], valid: Bool[Array, "B"] | None = None
+) -> Float[Array, ""]:
     """Groups over groups with any spread: keeps the size of a batch's gradient when few groups carry signal.
 
     Groups without a valid member do not count. If no group has spread (every advantage is 0), the number of groups.
@@ -168,8 +202,9 @@ def first_occurrence_mask(ids: Int[Array, "... N"], valid: Bool[Array, "... N"] 
     return valid & ~jnp.any(same & earlier, axis=-1)
 
 
-def group_spread_mask(x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[Array, "..."] | None = None
-                      ) -> Bool[Array, "..."]:
+def group_spread_mask(
+    x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[Array, "..."] | None = None
+) -> Bool[Array, "..."]:
     """True for the valid members of a group in which two valid values differ."""
     valid = _all_if_none(valid, x)
     return valid & _stats(x, dense_ids(ids), valid, 1).spread
@@ -188,6 +223,7 @@ def _stats(x: Float[Array, "..."], slots: Int[Array, "..."] | None, valid: Bool[
     `slots`, below their number, have the leading shape of `x`, whose other axes are summed first: thousands of tokens
     are added up by a tree and not one after the other into a slot, which is slow on accelerators and loses digits.
     """
+
     def per_slot(reduce: Callable[..., Array], segment: Callable[..., Array], y: Array) -> Array:
         if slots is None:
             return jnp.broadcast_to(reduce(y), x.shape)

@@ -9,9 +9,14 @@ from jaxrl_llm.types import Decoding
 
 
 def token_logprobs(
-    hidden: Float[Array, "*B D"], head: Float[Array, "V D"], targets: Int[Array, "*B"], *,
-    decoding: Decoding = Decoding(), mask: Bool[Array, "*B"] | None = None,
-    entropy_gradient: bool = False, chunk: int = 512,
+    hidden: Float[Array, "*B D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "*B"],
+    *,
+    decoding: Decoding = Decoding(),
+    mask: Bool[Array, "*B"] | None = None,
+    entropy_gradient: bool = False,
+    chunk: int = 512,
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """Log-prob and entropy (nats) of the distribution that `hidden` predicts, for the token `targets` beside it.
 
@@ -30,7 +35,15 @@ def token_logprobs(
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(f"mask must have the shape of targets {targets.shape}, got {mask.shape}")
     logprobs, entropy = fused_logprob(
-        hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), temperature=decoding.temperature,
-        top_k=decoding.top_k, top_p=decoding.top_p, min_p=decoding.min_p,
-        needed=None if mask is None else mask.reshape(-1), entropy_gradient=entropy_gradient, chunk=chunk)
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        targets.reshape(-1),
+        temperature=decoding.temperature,
+        top_k=decoding.top_k,
+        top_p=decoding.top_p,
+        min_p=decoding.min_p,
+        needed=None if mask is None else mask.reshape(-1),
+        entropy_gradient=entropy_gradient,
+        chunk=chunk,
+    )
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)

@@ -30,8 +30,9 @@ def safe_divide(numerator: Float[Array, "..."], denominator: Float[Array, "..."]
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
 
 
-def masked_sum(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis = None,
-               weights: Float[Array, "..."] | None = None) -> Float[Array, "..."]:
+def masked_sum(
+    x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis = None, weights: Float[Array, "..."] | None = None
+) -> Float[Array, "..."]:
     """Sum of `weights * x` over the true entries of `mask` along `axis` (None: all). Empty gives 0.
 
     All arguments have one shape. Weights, here and below, are constants: no gradient goes into them.
@@ -40,16 +41,23 @@ def masked_sum(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis =
     return jnp.sum(_weighted(x, mask, weights), axis=axis)
 
 
-def masked_mean(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis = None,
-                weights: Float[Array, "..."] | None = None) -> Float[Array, "..."]:
+def masked_mean(
+    x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis = None, weights: Float[Array, "..."] | None = None
+) -> Float[Array, "..."]:
     """`sum(weights * x) / sum(weights)` over the true entries of `mask` along `axis` (None: all). Empty gives 0."""
     check_shapes(x=(x, "..."), mask=(mask, "..."), weights=(weights, "..."))
     total = jnp.sum(_weighted(jnp.ones(mask.shape), mask, weights), axis=axis)
     return safe_divide(jnp.sum(_weighted(x, mask, weights), axis=axis), total)
 
 
-def masked_var(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis = None,
-               weights: Float[Array, "..."] | None = None, ddof: int = 1) -> Float[Array, "..."]:
+def masked_var(
+    x: Float[Array, "..."],
+    mask: Bool[Array, "..."],
+    *,
+    axis: Axis = None,
+    weights: Float[Array, "..."] | None = None,
+    ddof: int = 1,
+) -> Float[Array, "..."]:
     """`sum(weights * (x - mean)^2) / (sum(weights) - ddof)` over the true entries of `mask` along `axis` (None: all).
 
     Weights count as frequencies. 0 where they sum to `ddof` or less: a variance of one value is not NaN here.
@@ -61,8 +69,9 @@ def masked_var(x: Float[Array, "..."], mask: Bool[Array, "..."], *, axis: Axis =
     return jnp.squeeze(safe_divide(squares, total - ddof), axis=axis)
 
 
-def masked_softmax(x: Float[Array, "... N"], valid: Bool[Array, "... N"], *, temperature: float = 1.0
-                   ) -> Float[Array, "... N"]:
+def masked_softmax(
+    x: Float[Array, "... N"], valid: Bool[Array, "... N"], *, temperature: float = 1.0
+) -> Float[Array, "... N"]:
     """Softmax of `x / temperature` over the valid entries of the last axis, 0 elsewhere. Empty gives a row of 0."""
     check_shapes(x=(x, "... N"), valid=(valid, "... N"))
     check_range("temperature", temperature, 0, open_low=True)
@@ -73,8 +82,9 @@ def masked_softmax(x: Float[Array, "... N"], valid: Bool[Array, "... N"], *, tem
     return safe_divide(weights, jnp.sum(weights, axis=-1, keepdims=True))
 
 
-def sequence_logprob(logprobs: Float[Array, "... T"], mask: Bool[Array, "... T"], *, length_power: float = 0.0
-                     ) -> Float[Array, "..."]:
+def sequence_logprob(
+    logprobs: Float[Array, "... T"], mask: Bool[Array, "... T"], *, length_power: float = 0.0
+) -> Float[Array, "..."]:
     """`sum_t logprobs / n^length_power` with n true tokens: 0 is the log-prob of the sequence, 1 the mean per token.
 
     Empty gives 0. A perplexity is `exp(-sequence_logprob(..., length_power=1))`.
@@ -84,16 +94,26 @@ def sequence_logprob(logprobs: Float[Array, "... T"], mask: Bool[Array, "... T"]
     return safe_divide(jnp.sum(select(logprobs, mask), axis=-1), length**length_power)
 
 
-def sequence_log_ratio(logprobs: Float[Array, "... T"], ref_logprobs: Float[Array, "... T"], mask: Bool[Array, "... T"],
-                       *, length_power: float = 0.0) -> Float[Array, "..."]:
+def sequence_log_ratio(
+    logprobs: Float[Array, "... T"],
+    ref_logprobs: Float[Array, "... T"],
+    mask: Bool[Array, "... T"],
+    *,
+    length_power: float = 0.0,
+) -> Float[Array, "..."]:
     """`sum_t (logprobs - ref_logprobs) / n^length_power`, DPO's implicit reward but for its beta. Empty gives 0."""
     check_shapes(logprobs=(logprobs, "... T"), ref_logprobs=(ref_logprobs, "... T"), mask=(mask, "... T"))
     return sequence_logprob(select(logprobs, mask) - select(ref_logprobs, mask), mask, length_power=length_power)
 
 
-def aggregate_loss(x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, agg: Aggregation = "token",
-                   max_len: int | None = None, rollout_ids: Int[Array, "B"] | None = None
-                   ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def aggregate_loss(
+    x: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    rollout_ids: Int[Array, "B"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """A mean of per-token values by its name, as (numerator, denominator); their quotient is the loss.
 
     With n_b true tokens in sequence b:
@@ -134,8 +154,13 @@ def aggregate_loss(x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, agg: Agg
     return jnp.sum(sums), denominator
 
 
-def loss_denominator(mask: Bool[Array, "B T"], *, agg: Aggregation = "token", max_len: int | None = None,
-                     rollout_ids: Int[Array, "B"] | None = None) -> Float[Array, ""]:
+def loss_denominator(
+    mask: Bool[Array, "B T"],
+    *,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    rollout_ids: Int[Array, "B"] | None = None,
+) -> Float[Array, ""]:
     """The denominator of `aggregate_loss`. Taken over a whole batch and handed to a loss as `denominator=`, it makes
     the losses (and gradients) of the micro-batches add up to those of the batch."""
     check_shapes(mask=(mask, "B T"), rollout_ids=(rollout_ids, "B"))
@@ -155,10 +180,16 @@ def loss_denominator(mask: Bool[Array, "B T"], *, agg: Aggregation = "token", ma
     return jnp.sum(rows, dtype=jnp.float32)
 
 
-def reduce_loss(x: Float[Array, "B T"], mask: Bool[Array, "B T"], *, agg: Aggregation = "token",
-                max_len: int | None = None, rollout_ids: Int[Array, "B"] | None = None,
-                weights: Float[Array, "B T"] | None = None,
-                denominator: Float[Array, ""] | float | None = None) -> Float[Array, ""]:
+def reduce_loss(
+    x: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    rollout_ids: Int[Array, "B"] | None = None,
+    weights: Float[Array, "B T"] | None = None,
+    denominator: Float[Array, ""] | float | None = None,
+) -> Float[Array, ""]:
     """`aggregate_loss` of `weights * x` as one number: how every loss ends, and how a KL or entropy term is added.
 
     `weights` (no gradient) multiply the values only, the denominator stays. `denominator` replaces that of this batch,
@@ -178,8 +209,9 @@ class Moments(NamedTuple):
     number: Float[Array, ""] | np.floating = np.float32(1e-4)
 
 
-def update_moments(state: Moments, x: Float[Array, "..."], valid: Bool[Array, "..."]
-                   ) -> tuple[Moments, Float[Array, "..."]]:
+def update_moments(
+    state: Moments, x: Float[Array, "..."], valid: Bool[Array, "..."]
+) -> tuple[Moments, Float[Array, "..."]]:
     """Pools the valid entries of `x` into running moments, then standardizes them: `(x - mean) / sqrt(max(var, 1e-8))`.
 
     The batch is pooled first, so it is scaled with its own help; entries that are not valid get 0. Start with
@@ -202,7 +234,8 @@ def dense_ids(ids: Int[Array, "..."]) -> Int[Array, "..."]:
     return jnp.searchsorted(jnp.sort(flat), flat, method="scan_unrolled").reshape(ids.shape)
 
 
-def _weighted(x: Float[Array, "..."], mask: Bool[Array, "..."], weights: Float[Array, "..."] | None
-              ) -> Float[Array, "..."]:
+def _weighted(
+    x: Float[Array, "..."], mask: Bool[Array, "..."], weights: Float[Array, "..."] | None
+) -> Float[Array, "..."]:
     values = select(x, mask)
     return values if weights is None else values * jax.lax.stop_gradient(select(weights, mask))

@@ -40,10 +40,22 @@ MirrorForm = Literal["surrogate", "squared"]
 MirrorBaseline = Literal["mean", "logsumexp"]
 
 
-def ppo_clip_loss(logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, mask: TokenMask, *, clip_low: float = 0.2,
-                  clip_high: float = 0.2, dual_clip: float | None = None, ratio_max: float | None = None,
-                  agg: Aggregation = "token", max_len: int | None = None, rollout_ids: Int[Array, "B"] | None = None,
-                  weights: Tokens | None = None, denominator: Denominator = None) -> tuple[Float[Array, ""], Metrics]:
+def ppo_clip_loss(
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Tokens,
+    mask: TokenMask,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_max: float | None = None,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    rollout_ids: Int[Array, "B"] | None = None,
+    weights: Tokens | None = None,
+    denominator: Denominator = None,
+) -> tuple[Float[Array, ""], Metrics]:
     """`max(-ratio * A, -clip(ratio, 1 - clip_low, 1 + clip_high) * A)` (Schulman et al. 2017, eq. 7).
 
     Args:
@@ -74,15 +86,26 @@ def ppo_clip_loss(logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, ma
         active = (advantage < 0) & (per_token > bound)
         per_token = jnp.where(active, bound, per_token)
         metrics["dual_clip_fraction"] = masked_mean(active.astype(jnp.float32), mask)
-    loss = reduce_loss(per_token, mask, agg=agg, max_len=max_len, rollout_ids=rollout_ids, weights=weights,
-                       denominator=denominator)
+    loss = reduce_loss(
+        per_token, mask, agg=agg, max_len=max_len, rollout_ids=rollout_ids, weights=weights, denominator=denominator
+    )
     return loss, metrics
 
 
-def gspo_loss(logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, mask: TokenMask, *, clip_low: float = 3e-4,
-              clip_high: float = 4e-4, agg: Aggregation = "seq", max_len: int | None = None,
-              rollout_ids: Int[Array, "B"] | None = None, weights: Tokens | None = None, denominator: Denominator = None
-              ) -> tuple[Float[Array, ""], Metrics]:
+def gspo_loss(
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Tokens,
+    mask: TokenMask,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    agg: Aggregation = "seq",
+    max_len: int | None = None,
+    rollout_ids: Int[Array, "B"] | None = None,
+    weights: Tokens | None = None,
+    denominator: Denominator = None,
+) -> tuple[Float[Array, ""], Metrics]:
     """Group sequence policy optimization (Zheng et al. 2025): PPO's clip on `s_b = exp(mean_t log ratio)`, one per
     sequence.
 
@@ -103,15 +126,32 @@ def gspo_loss(logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, mask: 
     own = select(logprobs, mask)
     ratio = jnp.exp(sequence + own - jax.lax.stop_gradient(own))
     plain, clipped = -advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    loss = reduce_loss(jnp.maximum(plain, clipped), mask, agg=agg, max_len=max_len, rollout_ids=rollout_ids,
-                       weights=weights, denominator=denominator)
+    loss = reduce_loss(
+        jnp.maximum(plain, clipped),
+        mask,
+        agg=agg,
+        max_len=max_len,
+        rollout_ids=rollout_ids,
+        weights=weights,
+        denominator=denominator,
+    )
     return loss, _ratio_metrics(log_ratio, ratio, mask, clipped > plain)
 
 
-def cispo_loss(logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, mask: TokenMask, *,
-               clip_low: float | None = None, clip_high: float = 4.0, agg: Aggregation = "token",
-               max_len: int | None = None, rollout_ids: Int[Array, "B"] | None = None, weights: Tokens | None = None,
-               denominator: Denominator = None) -> tuple[Float[Array, ""], Metrics]:
+def cispo_loss(
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Tokens,
+    mask: TokenMask,
+    *,
+    clip_low: float | None = None,
+    clip_high: float = 4.0,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    rollout_ids: Int[Array, "B"] | None = None,
+    weights: Tokens | None = None,
+    denominator: Denominator = None,
+) -> tuple[Float[Array, ""], Metrics]:
     """`-stop_gradient(w) * A * logprobs`, w the ratio bounded to `[1 - clip_low, 1 + clip_high]` (MiniMax-M1, 2025, eq.
     4).
 
@@ -125,25 +165,56 @@ def cispo_loss(logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, mask:
     log_ratio, advantage = _log_ratio(logprobs, old_logprobs, mask), _constant(advantages, mask)
     ratio = jnp.exp(log_ratio)
     bounded = jax.lax.stop_gradient(jnp.clip(ratio, None if clip_low is None else 1 - clip_low, 1 + clip_high))
-    loss = reduce_loss(-bounded * advantage * select(logprobs, mask), mask, agg=agg, max_len=max_len,
-                       rollout_ids=rollout_ids, weights=weights, denominator=denominator)
+    loss = reduce_loss(
+        -bounded * advantage * select(logprobs, mask),
+        mask,
+        agg=agg,
+        max_len=max_len,
+        rollout_ids=rollout_ids,
+        weights=weights,
+        denominator=denominator,
+    )
     return loss, _ratio_metrics(log_ratio, ratio, mask, bounded != ratio)
 
 
-def reinforce_loss(logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, mask: TokenMask, *,
-                   agg: Aggregation = "token", max_len: int | None = None, rollout_ids: Int[Array, "B"] | None = None,
-                   weights: Tokens | None = None, denominator: Denominator = None) -> tuple[Float[Array, ""], Metrics]:
+def reinforce_loss(
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Tokens,
+    mask: TokenMask,
+    *,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    rollout_ids: Int[Array, "B"] | None = None,
+    weights: Tokens | None = None,
+    denominator: Denominator = None,
+) -> tuple[Float[Array, ""], Metrics]:
     """`-A * logprobs` (Williams 1992). `old_logprobs` serve the metrics only: on-policy, or weighted by `weights`."""
     _check(logprobs, old_logprobs, advantages, mask)
-    loss = reduce_loss(-_constant(advantages, mask) * select(logprobs, mask), mask, agg=agg, max_len=max_len,
-                       rollout_ids=rollout_ids, weights=weights, denominator=denominator)
+    loss = reduce_loss(
+        -_constant(advantages, mask) * select(logprobs, mask),
+        mask,
+        agg=agg,
+        max_len=max_len,
+        rollout_ids=rollout_ids,
+        weights=weights,
+        denominator=denominator,
+    )
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     return loss, _ratio_metrics(log_ratio, jnp.exp(log_ratio), mask, jnp.zeros_like(mask))
 
 
-def importance_weights(logprobs: Tokens, old_logprobs: Tokens, mask: TokenMask, *, level: Level = "token",
-                       cap: float | None = 2.0, floor: float | None = None, outside: Outside = "clip",
-                       normalize: bool = False) -> Tokens:
+def importance_weights(
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    mask: TokenMask,
+    *,
+    level: Level = "token",
+    cap: float | None = 2.0,
+    floor: float | None = None,
+    outside: Outside = "clip",
+    normalize: bool = False,
+) -> Tokens:
     """Bounded ratio `exp(logprobs - old_logprobs)` without gradient, to be given to a loss as `weights`.
 
     For samples of another policy: the trainer's log-probs against the sampler's (truncated importance sampling), or a
@@ -176,8 +247,14 @@ def importance_weights(logprobs: Tokens, old_logprobs: Tokens, mask: TokenMask, 
     return jax.lax.stop_gradient(select(jnp.broadcast_to(weights, mask.shape), mask))
 
 
-def shape_ratio(ratio: Tokens, mask: TokenMask, *, strategy: RatioShape = "percentile", value: float = 0.9,
-                count_padding: bool = False) -> Tokens:
+def shape_ratio(
+    ratio: Tokens,
+    mask: TokenMask,
+    *,
+    strategy: RatioShape = "percentile",
+    value: float = 0.9,
+    count_padding: bool = False,
+) -> Tokens:
     """A bounded concave map of the ratio in place of a clip, for samples of another context (Guide-GRPO, 2025).
 
     `ratio / (ratio + g)`, whose slope times the ratio is at most 1/4. g has no gradient and is
@@ -206,11 +283,18 @@ def shape_ratio(ratio: Tokens, mask: TokenMask, *, strategy: RatioShape = "perce
     return select(ratio / (ratio + offset), mask)
 
 
-def mirror_descent_loss(seq_logprobs: Float[Array, "B"], ref_seq_logprobs: Float[Array, "B"],
-                        rewards: Float[Array, "B"], group_ids: Int[Array, "B"], *, tau: float,
-                        form: MirrorForm = "surrogate", baseline: MirrorBaseline = "mean",
-                        valid: Bool[Array, "B"] | None = None,
-                        denominator: Denominator = None) -> tuple[Float[Array, ""], Metrics]:
+def mirror_descent_loss(
+    seq_logprobs: Float[Array, "B"],
+    ref_seq_logprobs: Float[Array, "B"],
+    rewards: Float[Array, "B"],
+    group_ids: Int[Array, "B"],
+    *,
+    tau: float,
+    form: MirrorForm = "surrogate",
+    baseline: MirrorBaseline = "mean",
+    valid: Bool[Array, "B"] | None = None,
+    denominator: Denominator = None,
+) -> tuple[Float[Array, ""], Metrics]:
     """Online mirror descent (Kimi k1.5, 2025, section 2.3.2), with `d = seq_logprobs - ref_seq_logprobs`:
 
     "squared": `(r - base - tau * d)^2`. "surrogate": `-(r - base) * seq_logprobs + tau / 2 * d^2`, whose gradient is
@@ -229,8 +313,13 @@ def mirror_descent_loss(seq_logprobs: Float[Array, "B"], ref_seq_logprobs: Float
     Raises:
       ValueError: `tau <= 0`; a prompt with one sample, where only the regularizer is left (under jit it is left out).
     """
-    check_shapes(seq_logprobs=(seq_logprobs, "B"), ref_seq_logprobs=(ref_seq_logprobs, "B"), rewards=(rewards, "B"),
-                 group_ids=(group_ids, "B"), valid=(valid, "B"))
+    check_shapes(
+        seq_logprobs=(seq_logprobs, "B"),
+        ref_seq_logprobs=(ref_seq_logprobs, "B"),
+        rewards=(rewards, "B"),
+        group_ids=(group_ids, "B"),
+        valid=(valid, "B"),
+    )
     check_range("tau", tau, 0, open_low=True)
     check_choice("form", form, MirrorForm)
     check_choice("baseline", baseline, MirrorBaseline)
@@ -252,14 +341,20 @@ def mirror_descent_loss(seq_logprobs: Float[Array, "B"], ref_seq_logprobs: Float
     else:
         losses = tau / 2 * log_ratio**2 - centered * seq_logprobs
     number = jnp.sum(keep, dtype=jnp.float32) if denominator is None else denominator
-    metrics = {"log_ratio_mean": masked_mean(log_ratio, keep),
-               "residual": jnp.sqrt(masked_mean((centered - tau * log_ratio) ** 2, keep))}
+    metrics = {
+        "log_ratio_mean": masked_mean(log_ratio, keep),
+        "residual": jnp.sqrt(masked_mean((centered - tau * log_ratio) ** 2, keep)),
+    }
     return safe_divide(jnp.sum(select(losses, keep)), number), jax.lax.stop_gradient(metrics)
 
 
 def _check(logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, mask: TokenMask) -> None:
-    check_shapes(logprobs=(logprobs, "B T"), old_logprobs=(old_logprobs, "B T"), advantages=(advantages, "B T"),
-                 mask=(mask, "B T"))
+    check_shapes(
+        logprobs=(logprobs, "B T"),
+        old_logprobs=(old_logprobs, "B T"),
+        advantages=(advantages, "B T"),
+        mask=(mask, "B T"),
+    )
 
 
 def _constant(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:

@@ -19,9 +19,13 @@ from jaxrl_llm.ops.turns import last_turn_mask
 OnMasked = Literal["skip", "reset"]
 
 
-def reverse_discounted_sum(x: Float[Array, "... T"], mask: Bool[Array, "... T"],
-                           decay: Float[Array, "... T"] | Float[Array, ""] | float, *, on_masked: OnMasked = "skip"
-                           ) -> Float[Array, "... T"]:
+def reverse_discounted_sum(
+    x: Float[Array, "... T"],
+    mask: Bool[Array, "... T"],
+    decay: Float[Array, "... T"] | Float[Array, ""] | float,
+    *,
+    on_masked: OnMasked = "skip",
+) -> Float[Array, "... T"]:
     """`y_t = x_t + decay_t * y_next` over the true entries of `mask`, the recurrence behind every return below.
 
     Args:
@@ -40,8 +44,9 @@ def reverse_discounted_sum(x: Float[Array, "... T"], mask: Bool[Array, "... T"],
     return select(_affine_suffixes(slope, select(x, mask))[1], mask)
 
 
-def discounted_returns(rewards: Float[Array, "... T"], mask: Bool[Array, "... T"], *, gamma: float = 1.0,
-                       on_masked: OnMasked = "skip") -> Float[Array, "... T"]:
+def discounted_returns(
+    rewards: Float[Array, "... T"], mask: Bool[Array, "... T"], *, gamma: float = 1.0, on_masked: OnMasked = "skip"
+) -> Float[Array, "... T"]:
     """`R_t = r_t + gamma * R_next`, over tokens or turns: gamma discounts per true entry. A reward at a false entry is
     not
     seen: put rewards on policy tokens (`place_turn_rewards`, `kl_shaped_rewards`)."""
@@ -49,8 +54,9 @@ def discounted_returns(rewards: Float[Array, "... T"], mask: Bool[Array, "... T"
     return reverse_discounted_sum(rewards, mask, gamma, on_masked=on_masked)
 
 
-def next_values(values: Float[Array, "... T"], mask: Bool[Array, "... T"], final: Float[Array, "..."] | float = 0.0
-                ) -> Float[Array, "... T"]:
+def next_values(
+    values: Float[Array, "... T"], mask: Bool[Array, "... T"], final: Float[Array, "..."] | float = 0.0
+) -> Float[Array, "... T"]:
     """The value at the next true entry, `final` (a number or one per row) after the last; 0 at false entries."""
     check_shapes(values=(values, "... T"), mask=(mask, "... T"), final=(final if jnp.ndim(final) else None, "..."))
     # The first true value at or after t, as a function of what comes after the row: slope * final + offset.
@@ -60,9 +66,16 @@ def next_values(values: Float[Array, "... T"], mask: Bool[Array, "... T"], final
     return select(first[..., 1:], mask)
 
 
-def gae_advantages(rewards: Float[Array, "... T"], values: Float[Array, "... T"], mask: Bool[Array, "... T"], *,
-                   gamma: float = 1.0, lam: float = 0.95, discounts: Float[Array, "... T"] | None = None,
-                   bootstrap: Float[Array, "..."] | float = 0.0) -> Float[Array, "... T"]:
+def gae_advantages(
+    rewards: Float[Array, "... T"],
+    values: Float[Array, "... T"],
+    mask: Bool[Array, "... T"],
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    discounts: Float[Array, "... T"] | None = None,
+    bootstrap: Float[Array, "..."] | float = 0.0,
+) -> Float[Array, "... T"]:
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), over the policy's tokens only.
 
     `delta_t = r_t + gamma * V_next - V_t`, `A_t = delta_t + gamma * lam * A_next`, where next is the next true entry.
@@ -78,8 +91,9 @@ def gae_advantages(rewards: Float[Array, "... T"], values: Float[Array, "... T"]
     Returns:
       [..., T] advantages, not whitened. The critic's targets are `advantages + values`, before any whitening.
     """
-    check_shapes(rewards=(rewards, "... T"), values=(values, "... T"), mask=(mask, "... T"),
-                 discounts=(discounts, "... T"))
+    check_shapes(
+        rewards=(rewards, "... T"), values=(values, "... T"), mask=(mask, "... T"), discounts=(discounts, "... T")
+    )
     check_range("gamma", gamma, 0, 1)
     check_range("lam", lam, 0, 1)
     discount = _discount(gamma, discounts, mask)
@@ -87,10 +101,17 @@ def gae_advantages(rewards: Float[Array, "... T"], values: Float[Array, "... T"]
     return reverse_discounted_sum(deltas, mask, discount * lam)
 
 
-def vtrace_targets(rewards: Float[Array, "... T"], values: Float[Array, "... T"], discounts: Float[Array, "... T"],
-                   ratios: Float[Array, "... T"], *, rho_max: float = 1.0, c_max: float = 1.0,
-                   mask: Bool[Array, "... T"] | None = None, bootstrap: Float[Array, "..."] | float = 0.0
-                   ) -> Float[Array, "... T"]:
+def vtrace_targets(
+    rewards: Float[Array, "... T"],
+    values: Float[Array, "... T"],
+    discounts: Float[Array, "... T"],
+    ratios: Float[Array, "... T"],
+    *,
+    rho_max: float = 1.0,
+    c_max: float = 1.0,
+    mask: Bool[Array, "... T"] | None = None,
+    bootstrap: Float[Array, "..."] | float = 0.0,
+) -> Float[Array, "... T"]:
     """V-trace targets of the critic (Espeholt et al. 2018, eq. 1), with `rho = min(rho_max, ratio)`, `c = min(c_max,
     ratio)`:
 
@@ -106,8 +127,13 @@ def vtrace_targets(rewards: Float[Array, "... T"], values: Float[Array, "... T"]
     Returns:
       [..., T], 0 at false entries.
     """
-    check_shapes(rewards=(rewards, "... T"), values=(values, "... T"), discounts=(discounts, "... T"),
-                 ratios=(ratios, "... T"), mask=(mask, "... T"))
+    check_shapes(
+        rewards=(rewards, "... T"),
+        values=(values, "... T"),
+        discounts=(discounts, "... T"),
+        ratios=(ratios, "... T"),
+        mask=(mask, "... T"),
+    )
     check_range("rho_max", rho_max, 0, open_low=True)
     check_range("c_max", c_max, 0, open_low=True)
     mask = jnp.ones(rewards.shape, bool) if mask is None else mask
@@ -117,21 +143,35 @@ def vtrace_targets(rewards: Float[Array, "... T"], values: Float[Array, "... T"]
     return value + reverse_discounted_sum(deltas, mask, discount * jnp.minimum(c_max, ratio))
 
 
-def vtrace_advantages(rewards: Float[Array, "... T"], values: Float[Array, "... T"], discounts: Float[Array, "... T"],
-                      ratios: Float[Array, "... T"], *, rho_max: float = 1.0, c_max: float = 1.0,
-                      mask: Bool[Array, "... T"] | None = None, bootstrap: Float[Array, "..."] | float = 0.0
-                      ) -> Float[Array, "... T"]:
+def vtrace_advantages(
+    rewards: Float[Array, "... T"],
+    values: Float[Array, "... T"],
+    discounts: Float[Array, "... T"],
+    ratios: Float[Array, "... T"],
+    *,
+    rho_max: float = 1.0,
+    c_max: float = 1.0,
+    mask: Bool[Array, "... T"] | None = None,
+    bootstrap: Float[Array, "..."] | float = 0.0,
+) -> Float[Array, "... T"]:
     """The policy's off-policy advantages, `rho_t * (r_t + discount_t * v_next - V_t)` with v the targets of
     `vtrace_targets` (Espeholt et al. 2018, section 4.2), whose arguments these are. [..., T], 0 at false entries."""
-    targets = vtrace_targets(rewards, values, discounts, ratios, rho_max=rho_max, c_max=c_max, mask=mask,
-                             bootstrap=bootstrap)
+    targets = vtrace_targets(
+        rewards, values, discounts, ratios, rho_max=rho_max, c_max=c_max, mask=mask, bootstrap=bootstrap
+    )
     mask = jnp.ones(rewards.shape, bool) if mask is None else mask
     lookahead = select(rewards, mask) + select(discounts, mask) * next_values(targets, mask, bootstrap)
     return jnp.minimum(rho_max, select(ratios, mask)) * (lookahead - select(values, mask))
 
 
-def kl_shaped_rewards(rewards: Float[Array, "B"], logprobs: Float[Array, "B T"], ref_logprobs: Float[Array, "B T"],
-                      mask: Bool[Array, "B T"], *, beta: float | Float[Array, ""]) -> Float[Array, "B T"]:
+def kl_shaped_rewards(
+    rewards: Float[Array, "B"],
+    logprobs: Float[Array, "B T"],
+    ref_logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    beta: float | Float[Array, ""],
+) -> Float[Array, "B T"]:
     """`-beta * (logprobs - ref_logprobs)` on every policy token, plus the outcome on the last one of the row.
 
     Args:
@@ -142,21 +182,25 @@ def kl_shaped_rewards(rewards: Float[Array, "B"], logprobs: Float[Array, "B T"],
     Returns:
       [B, T], 0 outside the mask. The penalty is the k1 estimate and may be negative at a token (Ziegler et al. 2019).
     """
-    check_shapes(rewards=(rewards, "B"), logprobs=(logprobs, "B T"), ref_logprobs=(ref_logprobs, "B T"),
-                 mask=(mask, "B T"))
+    check_shapes(
+        rewards=(rewards, "B"), logprobs=(logprobs, "B T"), ref_logprobs=(ref_logprobs, "B T"), mask=(mask, "B T")
+    )
     check_range("beta", beta, 0)
     penalty = beta * (select(logprobs, mask) - select(ref_logprobs, mask))
     return select(rewards[:, None], last_turn_mask(mask)) - penalty
 
 
-def _discount(gamma: float, discounts: Float[Array, "... T"] | None, mask: Bool[Array, "... T"]
-              ) -> Float[Array, "... T"]:
+def _discount(
+    gamma: float, discounts: Float[Array, "... T"] | None, mask: Bool[Array, "... T"]
+) -> Float[Array, "... T"]:
     return gamma * (mask.astype(jnp.float32) if discounts is None else select(discounts, mask))
 
 
-def _affine_suffixes(slope: Float[Array, "... T"], offset: Float[Array, "... T"]
-                     ) -> tuple[Float[Array, "... T"], Float[Array, "... T"]]:
+def _affine_suffixes(
+    slope: Float[Array, "... T"], offset: Float[Array, "... T"]
+) -> tuple[Float[Array, "... T"], Float[Array, "... T"]]:
     """Composes the maps `y -> slope_t * y + offset_t` from the end back to each t: one scan of logarithmic depth."""
+
     def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
         return later[0] * earlier[0], earlier[1] + earlier[0] * later[1]
 

@@ -16,11 +16,19 @@ from jaxrl_llm.types import Metrics
 SftKind = Literal["nll", "dft"]
 
 
-def value_loss(values: Float[Array, "B T"], old_values: Float[Array, "B T"] | None, returns: Float[Array, "B T"],
-               mask: Bool[Array, "B T"], *, clip: float | None = None, agg: Aggregation = "token",
-               max_len: int | None = None, rollout_ids: Int[Array, "B"] | None = None,
-               weights: Float[Array, "B T"] | None = None,
-               denominator: Float[Array, ""] | float | None = None) -> tuple[Float[Array, ""], Metrics]:
+def value_loss(
+    values: Float[Array, "B T"],
+    old_values: Float[Array, "B T"] | None,
+    returns: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip: float | None = None,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    rollout_ids: Int[Array, "B"] | None = None,
+    weights: Float[Array, "B T"] | None = None,
+    denominator: Float[Array, ""] | float | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
     """`0.5 * (V - R)^2`, with `clip` the larger of that and `0.5 * (clip(V, V_old - clip, V_old + clip) - R)^2`.
 
     Args:
@@ -40,19 +48,29 @@ def value_loss(values: Float[Array, "B T"], old_values: Float[Array, "B T"] | No
         old = jax.lax.stop_gradient(select(old_values, mask))
         bounded = (jnp.clip(value, old - clip, old + clip) - target) ** 2
         squares, clipped = jnp.maximum(squares, bounded), bounded > squares
-    loss = reduce_loss(0.5 * squares, mask, agg=agg, max_len=max_len, rollout_ids=rollout_ids, weights=weights,
-                       denominator=denominator)
+    loss = reduce_loss(
+        0.5 * squares, mask, agg=agg, max_len=max_len, rollout_ids=rollout_ids, weights=weights, denominator=denominator
+    )
     variance = masked_var(target, mask)
-    metrics = {"value_mean": masked_mean(value, mask),
-               "value_clip_fraction": masked_mean(clipped.astype(jnp.float32), mask),
-               "explained_variance": safe_divide(variance - masked_var(target - value, mask), variance)}
+    metrics = {
+        "value_mean": masked_mean(value, mask),
+        "value_clip_fraction": masked_mean(clipped.astype(jnp.float32), mask),
+        "explained_variance": safe_divide(variance - masked_var(target - value, mask), variance),
+    }
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def sft_loss(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"], *, kind: SftKind = "nll",
-             weights: Float[Array, "B"] | Float[Array, "B T"] | None = None, agg: Aggregation = "token",
-             max_len: int | None = None, rollout_ids: Int[Array, "B"] | None = None,
-             denominator: Float[Array, ""] | float | None = None) -> tuple[Float[Array, ""], Metrics]:
+def sft_loss(
+    logprobs: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    kind: SftKind = "nll",
+    weights: Float[Array, "B"] | Float[Array, "B T"] | None = None,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    rollout_ids: Int[Array, "B"] | None = None,
+    denominator: Float[Array, ""] | float | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
     """Cross entropy of demonstrated tokens, nats: `-logprobs` ("nll"), or `-stop_gradient(p) * logprobs` with p the
     token's probability ("dft", dynamic fine-tuning, Wu et al. 2025).
 
@@ -70,14 +88,28 @@ def sft_loss(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"], *, kind: S
         weights = jnp.broadcast_to(weights[:, None] if weights.ndim == 1 else weights, mask.shape)
     nll = -select(logprobs, mask)
     probability = jax.lax.stop_gradient(jnp.exp(-nll))
-    loss = reduce_loss(nll * probability if kind == "dft" else nll, mask, agg=agg, max_len=max_len,
-                       rollout_ids=rollout_ids, weights=weights, denominator=denominator)
+    loss = reduce_loss(
+        nll * probability if kind == "dft" else nll,
+        mask,
+        agg=agg,
+        max_len=max_len,
+        rollout_ids=rollout_ids,
+        weights=weights,
+        denominator=denominator,
+    )
     return loss, jax.lax.stop_gradient({"nll": masked_mean(nll, mask), "target_prob": masked_mean(probability, mask)})
 
 
-def token_cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"], *,
-                        shift: int = 0, agg: Aggregation = "token", max_len: int | None = None,
-                        denominator: Float[Array, ""] | float | None = None) -> tuple[Float[Array, ""], Metrics]:
+def token_cross_entropy(
+    logits: Float[Array, "B T V"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    shift: int = 0,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    denominator: Float[Array, ""] | float | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
     """`logsumexp(logits) - logits[target]` in nats, for small vocabularies and heads (it holds [B, T, V]).
 
     Args:
@@ -91,7 +123,7 @@ def token_cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"
     if not 0 <= shift < mask.shape[1]:
         raise ValueError(f"shift must lie in [0, {mask.shape[1]}), the number of positions, got {shift}")
     length = mask.shape[1]
-    logits, targets, mask = logits[:, :length - shift], targets[:, shift:], mask[:, shift:]
+    logits, targets, mask = logits[:, : length - shift], targets[:, shift:], mask[:, shift:]
     scores, targets = select(logits, mask[..., None]), jnp.where(mask, targets, 0)
     chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(scores, axis=-1) - chosen

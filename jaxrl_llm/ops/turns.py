@@ -14,8 +14,9 @@ from jaxrl_llm.ops.masked import select
 OutcomeMode = Literal["add", "replace"]
 
 
-def broadcast_values(values: Float[Array, "B K"] | Float[Array, "S"] | Float[Array, "B"],
-                     ids: Int[Array, "B T"] | Bool[Array, "B T"]) -> Float[Array, "B T"]:
+def broadcast_values(
+    values: Float[Array, "B K"] | Float[Array, "S"] | Float[Array, "B"], ids: Int[Array, "B T"] | Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
     """Hands each token the value it belongs to, and 0 to a token that belongs to none.
 
     Three forms: values [B, K] by turn with `turn_ids`; values [S] by tree node with node ids; values [B] by sequence
@@ -62,8 +63,13 @@ def last_turn_mask(turn_mask: Bool[Array, "... K"]) -> Bool[Array, "... K"]:
     return turn_mask & (remaining == 1)
 
 
-def add_outcome(turn_rewards: Float[Array, "B K"], outcome: Float[Array, "B"], turn_mask: Bool[Array, "B K"], *,
-                mode: OutcomeMode = "add") -> Float[Array, "B K"]:
+def add_outcome(
+    turn_rewards: Float[Array, "B K"],
+    outcome: Float[Array, "B"],
+    turn_mask: Bool[Array, "B K"],
+    *,
+    mode: OutcomeMode = "add",
+) -> Float[Array, "B K"]:
     """Adds the outcome reward to the last real turn of a row, or replaces that turn's reward; 0 off the mask."""
     check_shapes(turn_rewards=(turn_rewards, "B K"), outcome=(outcome, "B"), turn_mask=(turn_mask, "B K"))
     check_choice("mode", mode, OutcomeMode)

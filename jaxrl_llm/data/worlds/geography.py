@@ -46,6 +46,8 @@ CORRECTION = "No search and no answer. Try again."
 
 
 class Country(NamedTuple):
+    """What is known of a country; text as it stands in passages."""
+
     name: str
     capital: str
     continent: str
@@ -56,6 +58,8 @@ class Country(NamedTuple):
 
 
 class City(NamedTuple):
+    """What is known of a city."""
+
     name: str
     country: str  # name of the country
     timezone: str

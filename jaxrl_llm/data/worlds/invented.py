@@ -70,6 +70,7 @@ def fill(pieces: list[Tokens], values: Sequence[Tokens]) -> Tokens:
 
 @cache
 def world_templates(tokenizer: Tokenizer) -> Templates:
+    """The sentences of the world as tokens with gaps, made once for a tokenizer."""
     empty_city = geography.City("{}", "{}", "{}")
     empty_country = geography.Country("{}", "{}", "{}", "{}", "{}", "{}", "")
     asked = [(hops, relation) for hops, relations in geography.RELATIONS_BY_HOPS.items() for relation in relations]

@@ -85,6 +85,7 @@ def train_tokenizer(vocab_size: int = VOCAB_SIZE) -> tokenizers.Tokenizer:
 
 
 def main(path: str | None = None) -> None:
+    """Writes the file and prints its size and how many tokens a name takes."""
     target = Path(path) if path else Path(__file__).parents[1] / "geography" / "tokenizer.json"
     tokenizer = train_tokenizer()
     target.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
