@@ -37,7 +37,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         "num_slots": 64,
         "window": 4,
         # the algorithm
-        "steps": 150,
+        "steps": 240,
         "prompts": 16,
         "group_size": 8,
         "mini_batches": 2,
@@ -66,8 +66,8 @@ def get_config(arm: str = "small") -> ConfigDict:
             ),
         },
         # the run
-        "evaluate_every": 25,
-        "checkpoint_every": 25,
+        "evaluate_every": 40,
+        "checkpoint_every": 20,
         "keep_checkpoints": 2,
         "max_skipped_in_row": 10,
     }
