@@ -18,7 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_llm.models.functional import split_module
 from jaxrl_llm.types import Params
 
-Cache = list[dict[str, Float[Array, "B KV S D"]]]  # per layer {"keys", "values"}; the entry at s belongs to position s
+# Per layer {"keys": [B, KV, D, S], "values": [B, KV, S, D]}; the entry at s belongs to position s. Keys lie as the
+# product with the queries reads them: a decode step of benchmarks/grpo_step.py is a fifth faster for it on a CPU.
+Cache = list[dict[str, Float[Array, "B KV _ _"]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ def rotate(x: Float[Array, "B T H D"], positions: Int[Array, "B T"], theta: floa
 
 def attend(
     queries: Float[Array, "B T H D"],
-    keys: Float[Array, "B KV S D"],
+    keys: Float[Array, "B KV D S"],
     values: Float[Array, "B KV S D"],
     allowed: Bool[Array, "B #T S"],
 ) -> Float[Array, "B T HD"]:
@@ -75,7 +77,7 @@ def attend(
     # one axis for all queries of a key/value head: only small arrays are transposed, never the scores
     queries = jnp.moveaxis((queries * dim**-0.5).reshape(batch, length, kv_heads, groups, dim), 1, 3)
     queries = queries.reshape(batch, kv_heads, groups * length, dim)
-    scores = jnp.einsum("bkqd,bksd->bkqs", queries, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkqd,bkds->bkqs", queries, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(jnp.tile(allowed[:, None], (1, 1, groups, 1)), scores, -1e30), axis=-1)
     attended = jnp.einsum("bkqs,bksd->bkqd", weights.astype(values.dtype), values)
     attended = jnp.moveaxis(attended.reshape(batch, kv_heads, groups, length, dim), 3, 1)
@@ -105,16 +107,16 @@ class Attention(nnx.Module):
             allowed = (steps[:, None] >= steps)[None]
             if segment_ids is not None:
                 allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
-            keys, values = jnp.moveaxis(keys, 1, 2), jnp.moveaxis(values, 1, 2)
+            keys, values = jnp.moveaxis(keys, 1, 3), jnp.moveaxis(values, 1, 2)
         else:
             # position -1 marks padding: its index lies behind the end, and the write is dropped
-            slots = jnp.where(positions >= 0, positions, cache["keys"].shape[2])
+            slots = jnp.where(positions >= 0, positions, cache["values"].shape[2])
             rows = jnp.arange(batch)[:, None]
-            keys = cache["keys"].at[rows, :, slots].set(keys.astype(cache["keys"].dtype), mode="drop")
+            keys = cache["keys"].at[rows, :, :, slots].set(keys.astype(cache["keys"].dtype), mode="drop")
             values = cache["values"].at[rows, :, slots].set(values.astype(cache["values"].dtype), mode="drop")
             cache = {"keys": keys, "values": values}
             # what an earlier sequence left behind in a slot has a position that is still to come, so it is never seen
-            allowed = jnp.arange(keys.shape[2]) <= positions[:, :, None]
+            allowed = jnp.arange(values.shape[2]) <= positions[:, :, None]
         return self.out(attend(queries, keys, values, allowed)), cache
 
 
@@ -189,10 +191,28 @@ class Model:
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
         """Empty keys and values for `length` positions of `batch` sequences."""
-        shape = (batch, self.config.num_kv_heads, length, self.config.head_dim)
+        heads, dim = self.config.num_kv_heads, self.config.head_dim
         return [
-            {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)} for _ in range(self.config.num_layers)
+            {
+                "keys": jnp.zeros((batch, heads, dim, length), dtype),
+                "values": jnp.zeros((batch, heads, length, dim), dtype),
+            }
+            for _ in range(self.config.num_layers)
         ]
+
+
+def replace_prefix(cache: Cache, prefix: Cache, rows: Bool[Array, "B"]) -> Cache:
+    """The cache with the entries of `prefix` (same batch, fewer positions) at the front of the chosen `rows`."""
+
+    def replaced(old: Array, new: Array, axis: int) -> Array:
+        front = jax.lax.slice_in_dim(old, 0, new.shape[axis], axis=axis)
+        front = jnp.where(rows[:, None, None, None], new, front)
+        return jax.lax.dynamic_update_slice_in_dim(old, front, 0, axis=axis)
+
+    return [
+        {"keys": replaced(old["keys"], new["keys"], 3), "values": replaced(old["values"], new["values"], 2)}
+        for old, new in zip(cache, prefix, strict=True)
+    ]
 
 
 def make_decoder(config: DecoderConfig) -> Model:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_kernels import filter_logits, sample_tokens
-from jaxrl_llm.models.decoder import Cache, Model
+from jaxrl_llm.models.decoder import Cache, Model, replace_prefix
 from jaxrl_llm.types import Decoding, Params, Rollout
 
 
@@ -123,11 +123,6 @@ def rollout(
         group = group_of[jnp.minimum(row, num_rows - 1)]
         length = prompt_lengths[group]
 
-        def copy_prompt(cached, prompt):
-            start = jax.lax.dynamic_slice_in_dim(cached, 0, prompt.shape[2], axis=2)
-            start = jnp.where(fresh[:, None, None, None], prompt[group], start)
-            return jax.lax.dynamic_update_slice_in_dim(cached, start, 0, axis=2)
-
         slots = Slots(
             row=row,
             known=jnp.where(fresh, length, slots.known),
@@ -136,7 +131,7 @@ def rollout(
             turn_start=jnp.where(fresh, length, slots.turn_start),
             waiting=slots.waiting & ~fresh,
             env_state=_select(fresh, jax.tree.map(lambda x: x[group], states), slots.env_state),
-            cache=jax.tree.map(copy_prompt, slots.cache, prompt_cache),
+            cache=replace_prefix(slots.cache, jax.tree.map(lambda x: x[group], prompt_cache), fresh),
         )
         return slots, next_row + jnp.sum(fresh)
 

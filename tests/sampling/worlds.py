@@ -20,12 +20,12 @@ class ScriptedModel:
     script: Any
 
     def init_cache(self, batch, length, dtype=jnp.float32):
-        return [{"keys": jnp.zeros((batch, 1, length, 1))}]
+        return [{"keys": jnp.zeros((batch, 1, 1, length)), "values": jnp.zeros((batch, 1, length, 1))}]
 
     def apply(self, params, tokens, *, positions, cache):
         # a prompt's first token says which script is followed; the cache carries it, as attention would
-        first = jnp.where(positions[:, :1] == 0, tokens[:, :1], cache[0]["keys"][:, 0, :1, 0].astype(jnp.int32))
-        cache = [{"keys": cache[0]["keys"].at[:, 0, 0, 0].set(first[:, 0].astype(jnp.float32))}]
+        first = jnp.where(positions[:, :1] == 0, tokens[:, :1], cache[0]["keys"][:, 0, 0, :1].astype(jnp.int32))
+        cache = [cache[0] | {"keys": cache[0]["keys"].at[:, 0, 0, 0].set(first[:, 0].astype(jnp.float32))}]
         planned = self.script[first, jnp.minimum(positions + 1, self.script.shape[1] - 1)]
         return 40.0 * jax.nn.one_hot(planned, VOCAB), cache
 
