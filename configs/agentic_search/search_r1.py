@@ -1,7 +1,7 @@
 """Search-R1 on geography.
 
-`small` (default): about 8 minutes on two CPU cores; held-out success went from 0.46 to 0.83 (1 hop) and from 0.16 to 0.74
-(2 hops). `tiny`: seconds, for tests. `paper`: the published batch and optimizer settings.
+`small` (default): about 8 minutes on two CPU cores; held-out success went from 0.46 to 0.83 (1 hop) and from 0.16 to
+0.74 (2 hops). `tiny`: seconds, for tests. `paper`: the published batch and optimizer settings.
 """
 
 from ml_collections import ConfigDict
