@@ -115,7 +115,7 @@ def rollout(
     stops = _pad_stops(stop_sequences)
     group_of = jnp.arange(num_rows + 1) // group_size  # one row more: the empty slot's
 
-    def refill(written: Written, slots: Slots, next_row: Int[Array, ""]) -> tuple[Slots, Int[Array, ""]]:
+    def refill(slots: Slots, next_row: Int[Array, ""]) -> tuple[Slots, Int[Array, ""]]:
         empty = slots.row == num_rows
         candidate = next_row + jnp.cumsum(empty) - 1
         fresh = empty & (candidate < num_rows)
@@ -197,7 +197,7 @@ def rollout(
     def advance(carry):
         written, slots, next_row = carry
         written, slots = step_environment(written, slots)
-        slots, next_row = refill(written, slots, next_row)
+        slots, next_row = refill(slots, next_row)
         threshold = jnp.maximum(1, jnp.sum(slots.row < num_rows) * wait_fraction)
 
         def enough_decide(carry):

@@ -31,8 +31,8 @@ def fused_logprob(
     `entropy_gradient`, since its backward pass costs as much again. All in float32.
     """
     num_rows = hidden.shape[0]
+    order = None if needed is None else jnp.argsort(~needed, stable=True)
     if needed is not None:
-        order = jnp.argsort(~needed, stable=True)
         # a row that is not needed may hold anything, NaN included: 0 * NaN would reach the gradient of the head
         hidden, targets = jnp.where(needed[:, None], hidden, 0)[order], targets[order]
     pad = -num_rows % chunk
@@ -63,8 +63,8 @@ def fused_logprob(
 
     _, (logprobs, entropy) = jax.lax.scan(body, None, (starts, hidden, targets))
     logprobs, entropy = logprobs.reshape(-1)[:num_rows], entropy.reshape(-1)[:num_rows]
-    if needed is not None:
-        inverse = jnp.argsort(jnp.argsort(~needed, stable=True))
+    if needed is not None and order is not None:
+        inverse = jnp.argsort(order)
         logprobs = jnp.where(needed, logprobs[inverse], 0)
         entropy = jnp.where(needed, entropy[inverse], 0)
     return logprobs, entropy

@@ -141,7 +141,6 @@ def test_padding_is_never_guessed_from_ids():
 
 def test_a_stop_sequence_lies_inside_its_turn():
     """[4, 5] closes a turn; a 4 at the end of an observation or prompt and a 5 at the start of a turn do not."""
-    model = scripted([[5, 9, 4, 5]])
     env = SingleTurnEnv(lambda task, tokens, length: length.astype(jnp.float32))
     tasks = {"prompt_tokens": jnp.array([[0, 4]]), "prompt_length": jnp.array([2])}
     sampled = rollout(
@@ -156,7 +155,6 @@ def test_a_stop_sequence_lies_inside_its_turn():
         stop_sequences=[[4, 5]],
     )
     assert sampled.tokens[0, :6].tolist() == [0, 4, 5, 9, 4, 5] and sampled.lengths[0] == 6
-    del model
 
 
 def test_limits_mark_and_never_drop():
