@@ -19,8 +19,8 @@ def get_config(arm: str = "small") -> ConfigDict:
         "test_questions": 256,
         "train_file": None,  # a CSV or JSONL file of your own: question, answer, hops
         "test_file": None,
-        "max_prompt": 40,  # tokens
-        "min_prompt": 6,
+        "max_prompt": 40,  # tokens of a question, at most
+        "min_prompt": 6,  # and at least: what comes before the last of them is computed once for a group
         "search": True,  # False: every search comes back empty
         "max_searches": 3,
         "num_passages": 1,
@@ -33,6 +33,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "head_dim": 64,
             "ffn_width": 512,
             "rope_theta": 100.0,
+            "attention_bias": True,
         },
         "decoding": {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0},
         "max_length": 112,
@@ -58,7 +59,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "from_scratch": False,  # False: read the weights that training from scratch made
             "weights": None,  # a file; None: the one that is shipped with the page
             "seed": 0,
-            "steps": 2400,
+            "steps": 1200,
             "rows": 32,
             "row_length": 128,
             "max_searches": 3,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxrl_llm.data.worlds.demonstrations import demonstrations
 from jaxrl_llm.data.worlds.geography import make_questions
 from jaxrl_llm.data.worlds.tokenizer import geography_tokenizer
 from jaxrl_llm.envs.geography import GeographyEnv, GeographyTask, encode_tasks, make_geography_env
-from jaxrl_llm.models import DecoderConfig, Model, load_params, make_decoder, make_scalar_head, save_params
+from jaxrl_llm.models import DecoderConfig, Model, load_params, make_decoder, make_scalar_head, previous_token_head, save_params
 from jaxrl_llm.sampling import rollout, rollout_hidden, score_rollout, write_transcripts
 from jaxrl_llm.types import Decoding, Metrics, Params, Rollout, TrainState
 
@@ -56,20 +56,22 @@ class Agent(NamedTuple):
 def make_world(config: ConfigDict) -> World:
     """The environments and the questions: the world's own, or those of `config.train_file` and `config.test_file`."""
     tokenizer = geography_tokenizer()
-    made = {
-        "train": [q for hops in config.hops for q in make_questions("train", hops, config.train_questions)],
-        "test": [q for hops in config.hops for q in make_questions("test", hops, config.test_questions)],
-    }
-    files = {"train": config.train_file, "test": config.test_file}
-    questions = {split: read_questions(file) if file else made[split] for split, file in files.items()}
+
+    def tasks(split: Literal["train", "test"]) -> GeographyTask:
+        file, number = config[f"{split}_file"], config[f"{split}_questions"]
+        questions = (
+            read_questions(file) if file else [q for hops in config.hops for q in make_questions(split, hops, number)]
+        )
+        return encode_tasks(questions, tokenizer, min_prompt=config.min_prompt, max_prompt=config.max_prompt)
+
     make_env = partial(
         make_geography_env, tokenizer, max_searches=config.max_searches, num_passages=config.num_passages
     )
     return World(
         make_env(search_enabled=config.search),
         make_env(search_enabled=False),
-        encode_tasks(questions["train"], tokenizer, max_prompt=config.max_prompt),
-        encode_tasks(questions["test"], tokenizer, max_prompt=config.max_prompt),
+        tasks("train"),
+        tasks("test"),
     )
 
 
@@ -162,7 +164,9 @@ def warm_start(config: ConfigDict, model: Model, log: train.RunLog) -> Params:
         )
 
     state = train.loop(
-        lambda seed: train.init_state(model.init(jax.random.key(warm.seed)), optimizer, seed),
+        lambda seed: train.init_state(
+            previous_token_head(model.init(jax.random.key(warm.seed)), model.config), optimizer, seed
+        ),
         train.make_sft_step(model, optimizer),
         steps=warm.steps,
         log=log,

@@ -66,12 +66,13 @@ class GeographyState:
 
 
 def encode_tasks(
-    questions: Sequence[Question], tokenizer: Tokenizer, *, max_prompt: int | None = None
+    questions: Sequence[Question], tokenizer: Tokenizer, *, min_prompt: int = 1, max_prompt: int | None = None
 ) -> GeographyTask:
     """Questions as a `GeographyTask` with a leading axis: prompts padded to `max_prompt` tokens, or to the longest one.
 
     Raises:
-      ValueError: there is no question, a question has no answer, or a prompt is longer than `max_prompt`.
+      ValueError: there is no question, a question has no answer, or a prompt has fewer than `min_prompt` or more than
+        `max_prompt` tokens.
     """
     if not questions:
         raise ValueError("questions is empty; there must be at least one to make tasks of")
@@ -85,6 +86,11 @@ def encode_tasks(
         raise ValueError(
             f"max_prompt is {max_prompt}, but question {questions[int(lengths.argmax())].question!r} has "
             f"{lengths.max()} tokens; raise max_prompt or leave the question out"
+        )
+    if lengths.min() < min_prompt:
+        raise ValueError(
+            f"min_prompt is {min_prompt}, but question {questions[int(lengths.argmin())].question!r} has "
+            f"{lengths.min()} tokens; lower min_prompt or leave the question out"
         )
     most = max(len(question.answers) for question in questions)
     mask = np.array([[i < len(question.answers) for i in range(most)] for question in questions])

@@ -41,6 +41,7 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
+    attention_bias: bool = False  # on queries, keys and values, as in Qwen2
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -91,9 +92,10 @@ class Attention(nnx.Module):
         self.config = config
         head_dim: int = config.head_dim  # type: ignore[assignment]  # set by the config
         narrow = nnx.initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "truncated_normal")
-        self.query = nnx.Linear(config.width, config.num_heads * head_dim, use_bias=False, rngs=rngs)
-        self.key = nnx.Linear(config.width, config.num_kv_heads * head_dim, use_bias=False, rngs=rngs)
-        self.value = nnx.Linear(config.width, config.num_kv_heads * head_dim, use_bias=False, rngs=rngs)
+        bias = config.attention_bias
+        self.query = nnx.Linear(config.width, config.num_heads * head_dim, use_bias=bias, rngs=rngs)
+        self.key = nnx.Linear(config.width, config.num_kv_heads * head_dim, use_bias=bias, rngs=rngs)
+        self.value = nnx.Linear(config.width, config.num_kv_heads * head_dim, use_bias=bias, rngs=rngs)
         self.out = nnx.Linear(config.num_heads * head_dim, config.width, use_bias=False, kernel_init=narrow, rngs=rngs)
 
     def __call__(self, x, positions, segment_ids, cache):
@@ -219,3 +221,35 @@ def make_decoder(config: DecoderConfig) -> Model:
     """The functions of a decoder with the sizes of `config`; `Model.init(key)` draws parameters."""
     init, apply = split_module(lambda rngs: Decoder(config, rngs))
     return Model(config=config, init=init, apply=apply)
+
+
+def previous_token_head(
+    params: Params, config: DecoderConfig, *, layer: int = 0, kv_head: int = 0, margin: float = 8.0
+) -> Params:
+    """Freshly drawn parameters in which one query head of a layer starts out looking at the position before its own.
+
+    Its query and its key are constants, the biases, with the query turned back by one position, so that the score of
+    the position before exceeds those beside it by `margin` nats, whatever the tokens are. From there "find this token
+    further up and copy what followed it" (an induction head, Olsson et al. 2022) is one thing to learn for the next
+    layer; from a random start a small decoder takes thousands of updates to find both at once.
+
+    Raises:
+      ValueError: the decoder has no attention biases.
+    """
+    if not config.attention_bias:
+        raise ValueError("a previous-token head lives in the biases of queries and keys: set attention_bias=True")
+    dim: int = config.head_dim  # type: ignore[assignment]  # set by the config
+    frequencies = config.rope_theta ** (-jnp.arange(dim // 2) / (dim // 2))
+    strength = jnp.sqrt(margin * dim**0.5 / jnp.sum(1 - jnp.cos(frequencies)))
+    head = kv_head * config.num_heads // config.num_kv_heads
+    of_query, of_key = (slice(i * dim, (i + 1) * dim) for i in (head, kv_head))
+    attention = params["layers"][str(layer)]["attention"]
+    query, key = attention["query"], attention["key"]
+    turned_back = strength * jnp.concatenate([jnp.cos(frequencies), -jnp.sin(frequencies)])
+    straight = strength * jnp.concatenate([jnp.ones(dim // 2), jnp.zeros(dim // 2)])
+    changed = {
+        "query": {"kernel": query["kernel"].at[:, of_query].set(0), "bias": query["bias"].at[of_query].set(turned_back)},
+        "key": {"kernel": key["kernel"].at[:, of_key].set(0), "bias": key["bias"].at[of_key].set(straight)},
+    }
+    changed_layer = params["layers"][str(layer)] | {"attention": attention | changed}
+    return params | {"layers": params["layers"] | {str(layer): changed_layer}}

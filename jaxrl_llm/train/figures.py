@@ -47,8 +47,8 @@ def learning_curves(
     ylabels: Mapping[str, str] | None = None,
     smooth: int = 1,
 ) -> Figure:
-    """A panel for each metric, in it a line for each label: the mean over its runs (seeds), in a band from the smallest
-    to the largest.
+    """A panel for each metric, three to a row, in it a line for each label: the mean over its runs (seeds), in a band
+    from the smallest to the largest.
 
     Args:
       runs: label -> workdir or workdirs.
@@ -59,7 +59,7 @@ def learning_curves(
       ValueError: see `read_curve`.
     """
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-    figure, axes = _figure(1, len(metrics))
+    figure, axes = _figure(len(metrics))
     for axis, metric in zip(axes, metrics, strict=True):
         for index, (label, workdirs) in enumerate(runs.items()):
             steps, values = read_curve([workdirs] if isinstance(workdirs, (str, Path)) else workdirs, metric, stage)
@@ -88,7 +88,7 @@ def bar_chart(
     Args:
       bars: metric -> arm -> (interval or None, values of the seeds).
     """
-    figure, axes = _figure(1, len(bars))
+    figure, axes = _figure(len(bars))
     for axis, (metric, arms) in zip(axes, bars.items(), strict=True):
         for position, (interval, values) in enumerate(arms.values()):
             if interval is not None:
@@ -104,12 +104,17 @@ def bar_chart(
     return figure
 
 
-def _figure(rows: int, columns: int) -> tuple[Figure, list]:
+def _figure(panels: int) -> tuple[Figure, list]:
     # Not pyplot: it keeps every figure alive and asks for a display.
     from matplotlib.figure import Figure
 
+    columns = min(panels, 3)
+    rows = -(-panels // columns)
     figure = Figure(figsize=(1.6 + 4.4 * columns, 4.0 * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[panels:]:
+        unused.remove()
+    return figure, axes[:panels]
 
 
 def _trailing_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -249,7 +249,7 @@ def _matrix(results: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray | N
 
 
 def _interval(matrix: np.ndarray | None) -> dict[str, float | None]:
-    return (Interval(None, None, None) if matrix is None else bootstrap_mean(matrix))._asdict()  # type: ignore[arg-type]
+    return {"mean": None, "low": None, "high": None} if matrix is None else bootstrap_mean(matrix)._asdict()
 
 
 def _check_claim(claim: Claim, table: Table, found: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:

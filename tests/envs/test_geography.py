@@ -197,4 +197,6 @@ def test_bad_input():
         encode_tasks([question._replace(answers=())], TOKENIZER)
     with pytest.raises(ValueError, match="max_prompt is 2"):
         encode_tasks([question], TOKENIZER, max_prompt=2)
+    with pytest.raises(ValueError, match="min_prompt is 60, .* has [0-9]+ tokens"):
+        encode_tasks([question], TOKENIZER, min_prompt=60)
     assert len(geography_index().passages) == 6325

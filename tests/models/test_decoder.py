@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models import DecoderConfig, count_params, load_params, make_decoder, make_scalar_head, save_params
+from jaxrl_llm.models import (
+    DecoderConfig,
+    count_params,
+    load_params,
+    make_decoder,
+    make_scalar_head,
+    previous_token_head,
+    save_params,
+)
 
 CONFIG = DecoderConfig(vocab_size=50, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=48)
 MODEL = make_decoder(CONFIG)
@@ -68,6 +76,31 @@ def test_only_relative_positions_matter(params, tokens):
     near, _ = MODEL.apply(params, tokens)
     far, _ = MODEL.apply(params, tokens, positions=jnp.broadcast_to(jnp.arange(LENGTH) + 100, tokens.shape))
     np.testing.assert_allclose(near, far, atol=1e-4)  # angles of 100 radians carry an error of 1e-5
+
+
+def test_previous_token_head_reads_the_token_before():
+    """With every other head silenced, a state depends on its own token and the one before, and on no other."""
+    config = DecoderConfig(
+        vocab_size=50, width=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64, ffn_width=48,
+        rope_theta=100.0, attention_bias=True,
+    )  # fmt: skip
+    model = make_decoder(config)
+    params = previous_token_head(model.init(jax.random.key(0)), config, kv_head=1)
+    layer = params["layers"]["0"]
+    out = layer["attention"]["out"]["kernel"]
+    layer["attention"]["out"]["kernel"] = jnp.zeros_like(out).at[128:192].set(out[128:192])  # head 2, the first of two
+    row = jax.random.randint(jax.random.key(1), (1, LENGTH), 0, config.vocab_size)
+
+    def change(position):
+        """How far each state moves when the token at `position` changes."""
+        moved, _ = model.apply(params, row.at[0, position].add(1) % 50)
+        return jnp.abs(moved - model.apply(params, row)[0])[0].max(-1)
+
+    moved = change(5)
+    # the score beside the peak is 8 nats lower, so e^-8 = 3e-4 of the weight goes there
+    assert moved[6] > 0.05 and moved[7:].max() < 0.01 * moved[6] and moved[:5].max() == 0
+    with pytest.raises(ValueError, match="attention_bias=True"):
+        previous_token_head(MODEL.init(jax.random.key(0)), CONFIG)
 
 
 def test_untied_head_and_count(params):

@@ -113,7 +113,7 @@ def world_inventories(tokenizer: Tokenizer) -> dict[str, Inventory]:
     countries, cities = geography.load_geography()
     names = [*geography.geography_passages()[0], *(c.capital for c in countries)]
     return {
-        "name": _inventory(tokenizer, names, 4, 3),
+        "name": _inventory(tokenizer, names, 6, 5),
         "currency": _inventory(tokenizer, sorted({c.currency for c in countries}), 4, 2),
         "continent": _inventory(tokenizer, sorted({c.continent for c in countries}), 0, 2),
         "language": _inventory(tokenizer, [c.language for c in countries if c.language], 2, 1),
