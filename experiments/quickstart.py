@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.quickstart", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--workdir", default="out/quickstart", help="a run that is there goes on")
-    parser.add_argument("--from-scratch", action="store_true", help="train the warm start too (about 15 minutes more)")
+    parser.add_argument("--from-scratch", action="store_true", help="train the warm start too (about 10 minutes more)")
     options = parser.parse_args(arguments)
     command = [f"--config={CONFIG}", f"--workdir={options.workdir}"]
     if options.from_scratch:

@@ -223,7 +223,7 @@ def run(config: ConfigDict, log: train.RunLog) -> None:
     report(config, world, evaluate, state, log)
 
 
-SHORT = {"steps": 30}  # an arm of a table: by then success has nearly levelled off
+SHORT = {"steps": 40}  # an arm of a table: by then success has nearly levelled off
 
 
 def _table(title: str, arms: dict[str, dict[str, Any]], claims: list[train.Claim]) -> train.Table:
