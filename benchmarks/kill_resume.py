@@ -77,7 +77,7 @@ def differences(one: Path, other: Path) -> list[str]:
     elif lines[0] != lines[1]:
         first = next(index for index, pair in enumerate(zip(*lines, strict=True)) if pair[0] != pair[1])
         found.append(f"metrics.jsonl: {lines[0][first]} against {lines[1][first]}")
-    summaries = [{**(read_summary(workdir) or {}), "run": None} for workdir in (one, other)]
+    summaries = [_untimed(read_summary(workdir) or {}) | {"run": None} for workdir in (one, other)]
     if summaries[0] != summaries[1]:
         found.append(f"summary.json: {json.dumps(summaries[0])} against {json.dumps(summaries[1])}")
     arrays = [_final_arrays(workdir) for workdir in (one, other)]

@@ -47,7 +47,7 @@ def learning_curves(
     ylabels: Mapping[str, str] | None = None,
     smooth: int = 1,
 ) -> Figure:
-    """A panel for each metric, three to a row, in it a line for each label: the mean over its runs (seeds), in a band
+    """A panel for each metric, in it a line for each label: the mean over its runs (seeds), in a band
     from the smallest to the largest.
 
     Args:
@@ -108,7 +108,7 @@ def _figure(panels: int) -> tuple[Figure, list]:
     # Not pyplot: it keeps every figure alive and asks for a display.
     from matplotlib.figure import Figure
 
-    columns = min(panels, 3)
+    columns = 2 if panels == 4 else min(panels, 3)
     rows = -(-panels // columns)
     figure = Figure(figsize=(1.6 + 4.4 * columns, 4.0 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -23,7 +23,7 @@ import numpy as np
 from jaxrl_llm.train.config import config_difference, to_json
 from jaxrl_llm.types import Metrics
 
-TIMING_KEYS = ("seconds", "tokens_per_second")
+TIMING_KEYS = ("seconds", "tokens_per_second", "minutes")
 PLAIN_SECONDS = 10.0  # between lines where the output is not a terminal
 
 # Label of the progress line, and the metrics that may stand behind it, the first that is there.
