@@ -1,12 +1,14 @@
 # make quickstart   train the small search agent and show what it learned
 # make test         ruff, mypy and the tests
-# Both install into .venv first if that is not done yet or requirements.lock has changed.
+# make parity       compares our models with those of PyTorch, which it installs
+# Each installs into .venv first if that is not done yet or requirements.lock has changed.
 
 PYTHON := .venv/bin/python
 STAMP := .venv/installed.stamp
+PARITY_STAMP := .venv/parity.stamp
 COVERED := jaxrl_llm/ops jaxrl_llm/sampling jaxrl_llm/train
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test parity lint clean
 
 install: $(STAMP)
 
@@ -30,7 +32,7 @@ $(STAMP): requirements.lock setup.py
 	    echo "Making .venv with $$($$found --version)"; \
 	    $$found -m venv --clear .venv; \
 	fi
-	@echo "Installing requirements.lock into .venv (about a minute, 1.1 GB)"
+	@echo "Installing requirements.lock into .venv (about a minute, 1.6 GB)"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(PYTHON) -m pip check --disable-pip-version-check
@@ -40,7 +42,15 @@ quickstart: $(STAMP)
 	$(PYTHON) -m experiments.quickstart
 
 test: lint
-	$(PYTHON) -m pytest $(COVERED:%=--cov=%) --cov-report=term --cov-fail-under=85
+	$(PYTHON) -m pytest --ignore=tests/parity $(COVERED:%=--cov=%) --cov-report=term --cov-fail-under=85
+
+parity: $(PARITY_STAMP)
+	$(PYTHON) -m pytest tests/parity
+
+$(PARITY_STAMP): requirements-parity.lock $(STAMP)
+	@echo "Installing requirements-parity.lock into .venv (PyTorch for CPUs, 200 MB and more)"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-parity.lock
+	@touch $@
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

@@ -24,7 +24,15 @@ from jaxrl_llm.data.worlds.demonstrations import demonstrations
 from jaxrl_llm.data.worlds.geography import make_questions
 from jaxrl_llm.data.worlds.tokenizer import geography_tokenizer
 from jaxrl_llm.envs.geography import GeographyEnv, GeographyTask, encode_tasks, make_geography_env
-from jaxrl_llm.models import DecoderConfig, Model, load_params, make_decoder, make_scalar_head, previous_token_head, save_params
+from jaxrl_llm.models import (
+    DecoderConfig,
+    Model,
+    load_params,
+    make_decoder,
+    make_scalar_head,
+    previous_token_head,
+    save_params,
+)
 from jaxrl_llm.sampling import rollout, rollout_hidden, score_rollout, write_transcripts
 from jaxrl_llm.types import Decoding, Metrics, Params, Rollout, TrainState
 

@@ -14,6 +14,7 @@ def token_logprobs(
     targets: Int[Array, "*B"],
     *,
     decoding: Decoding = Decoding(),
+    softcap: float | None = None,
     mask: Bool[Array, "*B"] | None = None,
     entropy_gradient: bool = False,
     chunk: int = 512,
@@ -21,13 +22,17 @@ def token_logprobs(
     """Log-prob and entropy (nats) of the distribution that `hidden` predicts, for the token `targets` beside it.
 
     `log softmax(hidden @ head.T / temperature)[target]`, renormalized over what the filters of `decoding` keep, so that
-    a token sampled under `decoding` gets the log-prob it was sampled with. The caller aligns: the hidden state at t
-    goes with the token at t + 1. Entries where `mask` is false are 0 and cost nothing. `[..., V]` exists for `chunk`
-    tokens at a time, in the backward pass too. The entropy carries a gradient only with `entropy_gradient`. Float32.
+    a token sampled under `decoding` gets the log-prob it was sampled with. `softcap` is what the model's config calls
+    `logit_softcap`: the products are soft-capped before the temperature divides them. The caller aligns: the hidden
+    state at t goes with the token at t + 1. Entries where `mask` is false are 0 and cost nothing. `[..., V]` exists for
+    `chunk` tokens at a time, in the backward pass too. The entropy carries a gradient only with `entropy_gradient`.
+    Float32.
 
     Raises:
-      ValueError: shapes do not fit.
+      ValueError: shapes do not fit, or `softcap` is not positive.
     """
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}; for none, leave it None")
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(f"targets must have the leading shape of hidden {hidden.shape[:-1]}, got {targets.shape}")
     if hidden.shape[-1] != head.shape[-1]:
@@ -42,6 +47,7 @@ def token_logprobs(
         top_k=decoding.top_k,
         top_p=decoding.top_p,
         min_p=decoding.min_p,
+        softcap=softcap,
         needed=None if mask is None else mask.reshape(-1),
         entropy_gradient=entropy_gradient,
         chunk=chunk,

@@ -42,7 +42,13 @@ def score_rollout(
     hidden = rollout_hidden(model, params, rollout, group_size=group_size, shared_prefix=shared_prefix)
     # hidden[:, t] is the state that predicts tokens[:, t]
     return token_logprobs(
-        hidden, model.head(params), rollout.tokens, decoding=decoding, mask=mask, entropy_gradient=entropy_gradient
+        hidden,
+        model.head(params),
+        rollout.tokens,
+        decoding=decoding,
+        softcap=model.config.logit_softcap,
+        mask=mask,
+        entropy_gradient=entropy_gradient,
     )
 
 

@@ -32,7 +32,9 @@ def make_sft_step(
             segment_ids=packed["segment_ids"][:, :-1],
         )
         mask = packed["mask"][:, 1:]
-        logprobs, entropy = ops.token_logprobs(hidden, model.head(params), packed["tokens"][:, 1:], mask=mask)
+        logprobs, entropy = ops.token_logprobs(
+            hidden, model.head(params), packed["tokens"][:, 1:], softcap=model.config.logit_softcap, mask=mask
+        )
         loss, metrics = ops.sft_loss(logprobs, mask)
         return loss, {**metrics, "entropy": ops.masked_mean(entropy, mask), "token_probability": jnp.exp(-loss)}
 

@@ -9,6 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_kernels.sampling import filter_logits
 
 
+def soft_cap(x: Float[Array, "*B"], cap: float) -> Float[Array, "*B"]:
+    """`cap * tanh(x / cap)`: between plus and minus `cap`, and small numbers nearly as they are (Gemma 2)."""
+    return cap * jnp.tanh(x / cap)
+
+
 def fused_logprob(
     hidden: Float[Array, "N D"],
     head: Float[Array, "V D"],
@@ -18,17 +23,19 @@ def fused_logprob(
     top_k: int | None = None,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    softcap: float | None = None,
     needed: Bool[Array, "N"] | None = None,
     entropy_gradient: bool = False,
     chunk: int = 512,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """Log-probability of `targets` and entropy (nats) under `softmax(hidden @ head.T / temperature)`, filtered.
 
-    Logits exist for `chunk` rows at a time, forward and backward (they are computed again). With a filter the log-prob
-    is that of the renormalized distribution of `filter_logits`, which never excludes the target; the entropy is always
-    of the unfiltered one. Rows where `needed` is false give 0 and no gradient, and cost nothing: needed rows are moved
-    to the front and chunks without any are skipped. Differentiable in hidden and head; the entropy only with
-    `entropy_gradient`, since its backward pass costs as much again. All in float32.
+    With `softcap` the logits go through `soft_cap` before they are divided. They exist for `chunk` rows at a time,
+    forward and backward (they are computed again). With a filter the log-prob is that of the renormalized distribution
+    of `filter_logits`, which never excludes the target; the entropy is always of the unfiltered one. Rows where
+    `needed` is false give 0 and no gradient, and cost nothing: needed rows are moved to the front and chunks without
+    any are skipped. Differentiable in hidden and head; the entropy only with `entropy_gradient`, since its backward
+    pass costs as much again. All in float32.
     """
     num_rows = hidden.shape[0]
     order = None if needed is None else jnp.argsort(~needed, stable=True)
@@ -42,7 +49,8 @@ def fused_logprob(
     starts = jnp.arange(hidden.shape[0]) * chunk
 
     def score(rows, row_targets):
-        logits = jnp.einsum("nd,vd->nv", rows, head, preferred_element_type=jnp.float32) / temperature
+        logits = jnp.einsum("nd,vd->nv", rows, head, preferred_element_type=jnp.float32)
+        logits = (logits if softcap is None else soft_cap(logits, softcap)) / temperature
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, row_targets[:, None], axis=-1)[:, 0]
         free = logits if entropy_gradient else jax.lax.stop_gradient(logits)

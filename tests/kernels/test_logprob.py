@@ -21,33 +21,38 @@ def inputs():
     )
 
 
-def plain(hidden, head, targets, temperature=1.0):
-    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T / temperature
+def plain(hidden, head, targets, temperature=1.0, softcap=None):
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
+    logits = (logits if softcap is None else softcap * np.tanh(logits / softcap)) / temperature
     logits -= logits.max(-1, keepdims=True)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return logprobs[np.arange(len(targets)), targets], -(np.exp(logprobs) * logprobs).sum(-1)
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-def test_equals_the_plain_head(inputs, temperature):
+@pytest.mark.parametrize(("temperature", "softcap"), [(0.3, None), (1.0, None), (1.7, None), (0.5, 4.0)])
+def test_equals_the_plain_head(inputs, temperature, softcap):
     hidden, head, targets, _ = inputs
-    logprobs, entropy = fused_logprob(hidden, head, targets, temperature=temperature, chunk=CHUNK)
-    expected, expected_entropy = plain(hidden, head, targets, temperature)
+    options = dict(temperature=temperature, softcap=softcap)
+    logprobs, entropy = fused_logprob(hidden, head, targets, chunk=CHUNK, **options)
+    expected, expected_entropy = plain(hidden, head, targets, **options)
     # float32 logits of size 10 to 40 carry a rounding error of a few 1e-6
     np.testing.assert_allclose(logprobs, expected, atol=2e-5)
     np.testing.assert_allclose(entropy, expected_entropy, atol=2e-5)
 
 
-def test_gradients_equal_finite_differences(inputs):
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_gradients_equal_finite_differences(inputs, softcap):
     hidden, head, targets, needed = inputs
     weights, mix = np.random.default_rng(1).normal(size=(2, N)) * needed
 
     def loss(hidden, head):
-        logprobs, entropy = fused_logprob(hidden, head, targets, needed=needed, entropy_gradient=True, chunk=CHUNK)
+        logprobs, entropy = fused_logprob(
+            hidden, head, targets, softcap=softcap, needed=needed, entropy_gradient=True, chunk=CHUNK
+        )
         return jnp.sum(weights * logprobs + mix * entropy)
 
     def exact(hidden, head):
-        logprobs, entropy = plain(hidden, head, targets)
+        logprobs, entropy = plain(hidden, head, targets, softcap=softcap)
         return np.sum(weights * logprobs + mix * entropy)
 
     grads = jax.grad(loss, argnums=(0, 1))(hidden, head)

@@ -18,6 +18,7 @@ class ScriptedModel:
     """A policy that writes `script[sequence, position]` at each position, whatever stands before."""
 
     script: Any
+    config: DecoderConfig = DecoderConfig(VOCAB)
 
     def init_cache(self, batch, length, dtype=jnp.float32):
         return [{"keys": jnp.zeros((batch, 1, 1, length)), "values": jnp.zeros((batch, 1, length, 1))}]

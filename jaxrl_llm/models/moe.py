@@ -1,0 +1,79 @@
+"""Mixture of experts: each token goes through the few feed-forward networks that a router picks for it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from jaxrl_llm.models.activations import ACTIVATIONS
+from jaxrl_llm.models.decoder_config import DecoderConfig
+
+
+class Experts(nnx.Module):
+    """A router and gated feed-forward networks with their matrices in three arrays.
+
+    Tokens are sorted by expert, so that each expert multiplies one run of rows (`jax.lax.ragged_dot`); no token is
+    ever dropped.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        count, inner = config.num_experts, config.expert_width or config.ffn_width
+
+        def matrices(shape: tuple[int, int], gain: float) -> nnx.Param:
+            draw = nnx.initializers.variance_scaling(gain, "fan_in", "truncated_normal", batch_axis=(0,))
+            return nnx.Param(draw(rngs.params(), (count, *shape)))
+
+        self.router = nnx.Linear(config.width, count, use_bias=False, rngs=rngs)
+        self.gate = matrices((config.width, inner), 1.0)
+        self.up = matrices((config.width, inner), 1.0)
+        self.down = matrices((inner, config.width), 1 / (2 * config.num_layers))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"]]:
+        """The experts' weighted sum, and the router's logits in float32."""
+        config, width = self.config, x.shape[-1]
+        tokens = x.reshape(-1, width)
+        router_logits = self.router(tokens).astype(jnp.float32)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(router_logits, axis=-1), config.experts_per_token)
+        if config.normalize_experts:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        sizes = jnp.bincount(chosen.reshape(-1), length=config.num_experts)
+        rows = tokens[order // config.experts_per_token]
+        gated = ACTIVATIONS[config.activation](jax.lax.ragged_dot(rows, self.gate[...], sizes))
+        rows = jax.lax.ragged_dot(gated * jax.lax.ragged_dot(rows, self.up[...], sizes), self.down[...], sizes)
+        back = jnp.argsort(order)
+        outputs = rows[back].reshape(*chosen.shape, width)
+        mixed = jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), outputs)
+        return mixed.reshape(x.shape), router_logits.reshape(*x.shape[:-1], config.num_experts)
+
+
+def load_balancing_loss(
+    router_logits: Float[Array, "*L E"], *, experts_per_token: int, mask: Bool[Array, "*L"] | None = None
+) -> Float[Array, ""]:
+    """`E * sum_e share_e * probability_e`, the auxiliary loss of Fedus et al. 2021, equations 4 to 6.
+
+    `share_e` is the number of tokens sent to expert e (of `experts_per_token` each) and `probability_e` the router's
+    mean probability for it, both over all leading axes together (layers, sequences, tokens) where `mask` is true. It is
+    `experts_per_token` when the experts are in balance, and more otherwise. Get the logits from
+    `model.apply(..., router_logits=True)`.
+
+    Raises:
+      ValueError: the mask does not fit, or a token has fewer than one or more than E experts.
+    """
+    num_experts = router_logits.shape[-1]
+    if mask is not None and mask.shape != router_logits.shape[:-1]:
+        raise ValueError(f"mask must have shape {router_logits.shape[:-1]} like the tokens, got {mask.shape}")
+    if not 1 <= experts_per_token <= num_experts:
+        raise ValueError(f"experts_per_token={experts_per_token} must lie between 1 and the {num_experts} experts")
+    probabilities = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    _, chosen = jax.lax.top_k(probabilities, experts_per_token)
+    sent = jnp.sum(jax.nn.one_hot(chosen, num_experts), axis=-2)
+    counted = jnp.ones(router_logits.shape[:-1]) if mask is None else mask.astype(jnp.float32)
+    total = jnp.maximum(jnp.sum(counted), 1)
+    axes = tuple(range(router_logits.ndim - 1))
+    share = jnp.sum(sent * counted[..., None], axis=axes) / total
+    probability = jnp.sum(probabilities * counted[..., None], axis=axes) / total
+    return num_experts * jnp.sum(share * probability)
