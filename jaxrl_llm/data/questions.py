@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from jaxrl_llm.data.columns import Row
+from jaxrl_llm.data.readers import file_rows
+from jaxrl_llm.data.records import BadRow
 from jaxrl_llm.data.worlds.geography import Question
 
 
@@ -23,37 +22,21 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         value; the message names row (counted from 1, the header not among them) and column.
     """
     path = Path(path)
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
-    if path.suffix not in readers:
+    if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: questions are read from a .csv or .jsonl file, got {path.suffix or 'no suffix'!r}")
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; give the path of a .csv or .jsonl file with questions")
-    questions = [_question(row, f"{path}, row {i}") for i, row in enumerate(readers[path.suffix](path), start=1)]
+    questions = []
+    for number, row in enumerate(file_rows(path), start=1):
+        if isinstance(row, BadRow):
+            raise ValueError(f"{path}, row {number}: {row}")
+        if path.suffix == ".csv" and row.get("answers") is not None:
+            row["answers"] = row["answers"].split("|")
+        questions.append(_question(row, f"{path}, row {number}"))
     if not questions:
         raise ValueError(f"{path}: there are no questions in it; expected at least one row")
     return questions
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            if row.get("answers") is not None:
-                row["answers"] = row["answers"].split("|")
-            yield row
-
-
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(filter(str.strip, path.read_text(encoding="utf-8-sig").splitlines()), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, row {number}: not a JSON object: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: expected a JSON object, got {line.strip()[:40]!r}")
-        yield row
-
-
-def _question(row: dict[str, Any], where: str) -> Question:
+def _question(row: Row, where: str) -> Question:
     columns = sorted(key for key in row if isinstance(key, str))
     question = row.get("question")
     if question is None:
