@@ -32,7 +32,7 @@ $(STAMP): requirements.lock setup.py
 	    echo "Making .venv with $$($$found --version)"; \
 	    $$found -m venv --clear .venv; \
 	fi
-	@echo "Installing requirements.lock into .venv (about a minute, 1.6 GB)"
+	@echo "Installing requirements.lock into .venv (about a minute, 1.5 GB)"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(PYTHON) -m pip check --disable-pip-version-check

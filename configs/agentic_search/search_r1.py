@@ -1,6 +1,6 @@
 """Search-R1 on geography.
 
-`small` (default): about 5 minutes on two CPU cores; held-out success goes from 0.57 to 0.97 (1 hop) and from 0.34 to
+`small` (default): about 4 minutes on two CPU cores; held-out success goes from 0.57 to 0.97 (1 hop) and from 0.34 to
 0.96 (2 hops). `tiny`: seconds, for tests. `paper`: the published batch and optimizer settings.
 """
 

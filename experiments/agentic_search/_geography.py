@@ -229,5 +229,6 @@ def report(
             "entropy": "entropy (nats)",
             "kl": "KL to the warm start (nats)",
         }
-        figure = train.learning_curves({config.algorithm: [log.workdir]}, list(names), ylabels=names)
+        title = "A search agent in the geography world"
+        figure = train.learning_curves({config.algorithm: [log.workdir]}, list(names), ylabels=names, title=title)
         log.figure("learning_curve", figure)
