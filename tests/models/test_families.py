@@ -114,7 +114,10 @@ def test_cache_step_by_step(name):
     assert np.array_equal(fed, ends)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe"])
+# two that use most options between them; the others by hand, as compiling a gradient takes seconds
+@pytest.mark.parametrize(
+    "name", [name if name in ("gemma3", "qwen3_moe") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_gradient_of_packed_rows(name):
     """The gradient of a mean over packed texts is that over the texts in rows of their own."""
     model, params, expected, _ = golden(name)
