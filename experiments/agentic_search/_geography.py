@@ -150,8 +150,8 @@ def make_evaluation(config: ConfigDict, agent: Agent) -> Callable[..., tuple[Met
 def warm_start(config: ConfigDict, model: Model, log: train.RunLog) -> Params:
     """The policy to start from: trained here on demonstrations, or the weights that came of doing so.
 
-    Training starts with a head that looks one token back: without it, 2,400 steps gave a policy that knew the tokens of a
-    name but copied them in a wrong order (loss 0.73 nats a token; with it, 0.26 after 1,200 steps).
+    Training starts with a head that looks one token back: without it, 2,400 steps gave a policy that knew the tokens
+    of a name but copied them in a wrong order (loss 0.73 nats a token; with it, 0.26 after 1,200 steps).
     """
     warm = config.warm_start
     shapes = jax.eval_shape(model.init, jax.random.key(0))
