@@ -1,6 +1,19 @@
-"""Kernels of jaxrl_llm, usable alone: arrays in, arrays out. Written in plain XLA so far."""
+"""Kernels of jaxrl_llm, usable alone: arrays in, arrays out. `dispatch.choose` says which version of one runs where.
 
-from jaxrl_kernels.logprob import fused_logprob
+Fused log-probs and sampling are written in plain XLA so far; the scan and the policy loss have Pallas kernels for TPUs
+and GPUs beside it.
+"""
+
+from jaxrl_kernels.logprob import fused_logprob, soft_cap
+from jaxrl_kernels.policy_loss import fused_policy_loss
 from jaxrl_kernels.sampling import filter_logits, sample_tokens
+from jaxrl_kernels.scan import discounted_scan
 
-__all__ = ["filter_logits", "fused_logprob", "sample_tokens"]
+__all__ = [
+    "discounted_scan",
+    "filter_logits",
+    "fused_logprob",
+    "fused_policy_loss",
+    "sample_tokens",
+    "soft_cap",
+]
