@@ -111,6 +111,11 @@ def parse_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
+def optional_json(path: Path) -> dict[str, Any]:
+    """`parse_json`, and an empty object where there is no file."""
+    return parse_json(path) if path.is_file() else {}
+
+
 def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, from its header alone.
 

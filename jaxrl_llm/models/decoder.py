@@ -127,9 +127,7 @@ class Model:
         """Logits of the next token, in float32, soft-capped where the config says so. For looking at; training uses
         `ops.token_logprobs`, which wants `softcap=model.config.logit_softcap`."""
         hidden, _ = self.apply(params, tokens, **kwargs)
-        logits = jnp.einsum("btd,vd->btv", hidden, self.head(params), preferred_element_type=jnp.float32)
-        softcap = self.config.logit_softcap
-        return logits if softcap is None else soft_cap(logits, softcap)
+        return output_logits(self, params, hidden)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
         """Empty keys and values for `length` positions of `batch` sequences."""
@@ -141,6 +139,13 @@ class Model:
             }
             for _ in range(self.config.num_layers)
         ]
+
+
+def output_logits(model: Model, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Logits of hidden states, in float32, soft-capped where the model's config says so: what it samples from."""
+    logits = jnp.einsum("...d,vd->...v", hidden, model.head(params), preferred_element_type=jnp.float32)
+    softcap = model.config.logit_softcap
+    return logits if softcap is None else soft_cap(logits, softcap)
 
 
 def replace_prefix(cache: Cache, prefix: Cache, rows: Bool[Array, "B"]) -> Cache:

@@ -20,6 +20,7 @@ from jaxrl_llm.models.adapters import AdaptedModel, Path, adapted_model, find_ta
 from jaxrl_llm.models.checkpoint import Stored, parse_json, read_header
 from jaxrl_llm.models.decoder import Decoder, Model
 from jaxrl_llm.models.functional import split_module
+from jaxrl_llm.models.hub import FAMILIES
 from jaxrl_llm.models.weights import save_params
 from jaxrl_llm.types import Params
 
@@ -294,16 +295,13 @@ def load_lora(path: str | FilePath, model: Model, *, dtype: DTypeLike = jnp.floa
 
 def _stored(model: Model) -> Mapping[str, Stored]:
     """Where the family of a model keeps its parameters."""
-    from jaxrl_llm.models import encoder_families, families  # they import all models
-
-    known = encoder_families.FAMILIES | families.FAMILIES
-    if model.family not in known:
+    if model.family not in FAMILIES:
         raise ValueError(
             f"the model's family is {model.family!r}, so that nothing says what its matrices are called outside; load "
             'the model, or name it: dataclasses.replace(model, family="LlamaForCausalLM"); known are '
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(FAMILIES))}"
         )
-    return known[model.family].stored(model.config)
+    return FAMILIES[model.family].stored(model.config)
 
 
 def _outside_names(stored: Mapping[str, Stored]) -> dict[Path, str]:

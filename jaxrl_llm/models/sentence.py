@@ -16,7 +16,7 @@ import tokenizers
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.models.checkpoint import parse_json
+from jaxrl_llm.models.checkpoint import optional_json
 from jaxrl_llm.models.download import fetch
 from jaxrl_llm.models.encoder import EncoderConfig, EncoderModel
 from jaxrl_llm.models.hub import load
@@ -71,18 +71,19 @@ def read_sentence_settings(path: str | os.PathLike[str]) -> SentenceSettings:
         modules = [(module["type"], module.get("path", "")) for module in json.loads(modules_file.read_text("utf-8"))]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{modules_file} is no list of modules with a type each ({error!r})") from error
-    found: dict[str, Any] = {"prompts": _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}}
+    settings = optional_json(folder / "config_sentence_transformers.json")
+    found: dict[str, Any] = {"prompts": settings.get("prompts") or {}}
     for full_type, place in modules:
         kind = full_type.rsplit(".", 1)[-1]
         if kind == "Transformer":
-            transformer = _read_json(folder / place / "sentence_bert_config.json")
+            transformer = optional_json(folder / place / "sentence_bert_config.json")
             found |= {
                 "model_folder": place,
                 "max_length": transformer.get("max_seq_length"),
                 "lowercase": bool(transformer.get("do_lower_case")),
             }
         elif kind == "Pooling":
-            pooling = _read_json(folder / place / "config.json")
+            pooling = optional_json(folder / place / "config.json")
             found |= {
                 "pooling": _pooling(pooling, folder / place / "config.json"),
                 "include_prompt": pooling.get("include_prompt", True),
@@ -92,10 +93,6 @@ def read_sentence_settings(path: str | os.PathLike[str]) -> SentenceSettings:
         else:
             raise ValueError(f"{modules_file}: module {full_type!r} is not supported; supported are {list(_MODULES)}")
     return SentenceSettings(**found)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(path) if path.is_file() else {}
 
 
 def _pooling(config: Mapping[str, Any], path: Path) -> Pooling:

@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from jaxrl_llm.models.checkpoint import parse_json
+from jaxrl_llm.models.checkpoint import optional_json
 from jaxrl_llm.models.piece_model import PieceModel, read_piece_model
 
 # Names under which tokenizer_config.json keeps single special tokens; chat templates know them as variables.
@@ -140,12 +140,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             "vocab.json alone gets a tokenizer.json from transformers' AutoTokenizer.from_pretrained(...)"
             ".save_pretrained(...)"
         )
-    config = _read_json(place / "tokenizer_config.json")
+    config = optional_json(place / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:  # older checkpoints keep the roles in a file of their own
-        config = config | _read_json(place / "special_tokens_map.json")
+        config = config | optional_json(place / "special_tokens_map.json")
     tokenizer = _read(found[0], config)
     templates = _chat_templates(place, config)
-    ends = _read_json(place / "generation_config.json").get("eos_token_id")
+    ends = optional_json(place / "generation_config.json").get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []
     files = [found[0], *(place / name for name in COMPANIONS if (place / name).is_file())]
     return dataclasses.replace(
@@ -243,8 +243,3 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     return {**stored, **{name: file.read_text(encoding="utf-8") for name, file in files.items()}}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file."""
-    return parse_json(path) if path.is_file() else {}

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_kernels import filter_logits, sample_tokens
-from jaxrl_kernels.logprob import soft_cap
-from jaxrl_llm.models.decoder import Cache, Model, replace_prefix
+from jaxrl_llm.models.decoder import Cache, Model, output_logits, replace_prefix
 from jaxrl_llm.types import Decoding, Params, Rollout
 
 
@@ -179,10 +178,7 @@ def rollout(
         sampling = active & (fed == slots.known)
 
         last = jnp.take_along_axis(hidden, jnp.maximum(num_taken - 1, 0)[:, None, None], axis=1)[:, 0]
-        logits = jnp.einsum("sd,vd->sv", last, model.head(params), preferred_element_type=jnp.float32)
-        if model.config.logit_softcap is not None:
-            logits = soft_cap(logits, model.config.logit_softcap)
-        token, logprob = _draw(logits, token_key, slots.row, slots.known, decoding)
+        token, logprob = _draw(output_logits(model, params, last), token_key, slots.row, slots.known, decoding)
 
         rows = jnp.where(sampling, slots.row, num_rows)  # out of range: dropped
         written = written._replace(
