@@ -18,11 +18,10 @@ import torch
 from jaxrl_llm.models import make_decoder
 from jaxrl_llm.models.hub import load
 from jaxrl_llm.models.moe import load_balancing_loss
-from tests.parity.make_golden_decoders import CONFIGS, LONGROPE, SIZES, logits_of, padded_inputs, random_model, write
+from tests.parity.make_golden_decoders import CONFIGS, LONGROPE, SIZES, padded_inputs, random_model, write
+from tests.parity.rounding import exact_logits
 
 SEED = int(os.environ.get("PARITY_SEED", int.from_bytes(os.urandom(3), "little")))
-# float32 sums in another order; logits have a standard deviation of about 1
-TOLERANCE = 2e-5
 
 
 def compare(model, name, folder, seed, length=16, **config_changes):
@@ -32,14 +31,12 @@ def compare(model, name, folder, seed, length=16, **config_changes):
     if config_changes:
         ours = dataclasses.replace(make_decoder(dataclasses.replace(ours.config, **config_changes)), params=ours.params)
     tokens, mask = padded_inputs(model.config.vocab_size, seed, length)
-    wanted = logits_of(model, tokens, mask).numpy()
+    wanted, tolerance = exact_logits(model, tokens, mask)
     tokens, mask = tokens.numpy(), mask.numpy()
     positions = np.maximum(mask.cumsum(-1) - 1, 0)
     found = jax.jit(ours.logits)(ours.params, tokens, positions=positions, segment_ids=np.where(mask, 0, -1))
-    scale = max(1.0, float(wanted[mask].std()))
-    np.testing.assert_allclose(
-        np.asarray(found)[mask], wanted[mask], atol=TOLERANCE * scale, err_msg=f"{name}, PARITY_SEED={SEED}"
-    )
+    message = f"{name}, PARITY_SEED={SEED}"
+    np.testing.assert_allclose(np.asarray(found)[mask], wanted[mask], rtol=0, atol=tolerance, err_msg=message)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

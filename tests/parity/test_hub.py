@@ -14,8 +14,7 @@ from jaxrl_llm.models.decoder import make_decoder  # noqa: E402  # after the che
 from jaxrl_llm.models.decoder_config import DecoderConfig  # noqa: E402
 from jaxrl_llm.models.hub import load, save  # noqa: E402
 from tests.parity.make_golden_decoders import CONFIGS, random_model  # noqa: E402
-
-TOLERANCE = 2e-5  # float32 sums in another order, on logits of size 1
+from tests.parity.rounding import exact_logits  # noqa: E402
 
 
 def read_back(folder):
@@ -25,9 +24,9 @@ def read_back(folder):
     return model.eval()
 
 
-def logits_of(model, tokens):
-    with torch.no_grad():
-        return model(input_ids=torch.tensor(tokens)).logits.float().numpy()
+def assert_logits(found, model, tokens):
+    expected, tolerance = exact_logits(model, tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -39,9 +38,8 @@ def test_saved_models_have_equal_logits(name, seed, tmp_path):
     save(model, params, tmp_path / "ours", max_shard_bytes=40_000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
     tokens = np.random.default_rng(seed).integers(3, model.config.vocab_size, (2, 12))
-    expected = jax.jit(model.logits)(params, jnp.asarray(tokens))
-    found = logits_of(read_back(tmp_path / "ours"), tokens)
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE * max(1.0, float(np.std(expected))))
+    found = jax.jit(model.logits)(params, jnp.asarray(tokens))
+    assert_logits(found, read_back(tmp_path / "ours"), tokens)
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"qk_norm": "head", "tie_embeddings": False}])
@@ -54,9 +52,8 @@ def test_decoders_of_ours(changes, seed, tmp_path):
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
     save(model, params, tmp_path / "ours")
     tokens = rng.integers(0, 60, (2, 12))
-    expected = jax.jit(model.logits)(params, jnp.asarray(tokens))
-    found = logits_of(read_back(tmp_path / "ours"), tokens)
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE * max(1.0, float(np.std(expected))))
+    found = jax.jit(model.logits)(params, jnp.asarray(tokens))
+    assert_logits(found, read_back(tmp_path / "ours"), tokens)
 
 
 def test_bfloat16_is_rounded_as_torch_rounds(seed, tmp_path):
@@ -78,4 +75,4 @@ def test_bfloat16_of_transformers(seed, tmp_path):
     model = load(tmp_path)
     tokens = np.random.default_rng(seed).integers(3, model.config.vocab_size, (2, 12))
     found = jax.jit(model.logits)(model.params, jnp.asarray(tokens))
-    np.testing.assert_allclose(found, logits_of(theirs, tokens), atol=TOLERANCE)
+    assert_logits(found, theirs, tokens)
