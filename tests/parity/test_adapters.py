@@ -16,6 +16,7 @@ from jaxrl_llm.models.hub import load, save  # noqa: E402
 from jaxrl_llm.models.lora import LoraConfig, apply_lora, init_lora, load_lora, merge_lora, save_lora  # noqa: E402
 from tests.parity.make_golden_adapters import random_adapter  # noqa: E402
 from tests.parity.make_golden_decoders import random_model  # noqa: E402
+from tests.parity.rounding import assert_same  # noqa: E402
 
 SEED = secrets.randbelow(10_000)
 TOKENS = np.random.default_rng(SEED).integers(3, 80, (2, 9))
@@ -36,12 +37,6 @@ def checkpoint(name, folder):
 def logits_of(theirs):
     with torch.no_grad():
         return theirs(torch.as_tensor(TOKENS)).logits.numpy()
-
-
-def assert_same(ours, theirs):
-    """To 2e-5 of the largest logit."""
-    scale = np.abs(theirs).max()
-    np.testing.assert_allclose(np.asarray(ours) / scale, theirs / scale, atol=2e-5)
 
 
 def normal(rng, shape):
@@ -67,15 +62,14 @@ def test_our_adapter_in_peft(name, targets, tmp_path):
     adapter = jax.tree.map(lambda x: x + 0.2 * normal(rng, x.shape), fresh)
     save_lora(adapter, config, model, tmp_path / "adapter")
     adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
-    expected = logits_of(adapted)
-    assert np.abs(expected - before).max() > 0.05 * np.abs(before).max()
-    assert_same(apply_lora(model, config).logits({"base": model.params, "lora": adapter}, TOKENS), expected)
+    assert np.abs(logits_of(adapted) - before).max() > 0.05 * np.abs(before).max()
+    assert_same(apply_lora(model, config).logits({"base": model.params, "lora": adapter}, TOKENS), adapted, logits_of)
     merged = merge_lora(model.params, adapter, config)
-    assert_same(model.logits(merged, TOKENS), expected)
+    assert_same(model.logits(merged, TOKENS), adapted, logits_of)
     if name == "qwen2":  # the other way out: a whole model
         save(model, merged, tmp_path / "merged")
         whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
-        assert_same(logits_of(whole.eval()), expected)
+        assert_same(logits_of(whole.eval()), adapted, logits_of)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "layers.0.mlp.up_proj"], r".*\.1\.self_attn\..*_proj"])
@@ -85,7 +79,7 @@ def test_pefts_adapter_here(targets, tmp_path):
     adapted = random_adapter(theirs, config, SEED)
     adapted.save_pretrained(tmp_path / "adapter")
     adapter, ours = load_lora(tmp_path / "adapter", model)
-    assert_same(model.logits(merge_lora(model.params, adapter, ours), TOKENS), logits_of(adapted))
+    assert_same(model.logits(merge_lora(model.params, adapter, ours), TOKENS), adapted, logits_of)
     # the targets read back mean the same matrices
     again = init_lora(jax.random.key(0), model.params, ours)
     assert jax.tree.structure(again) == jax.tree.structure(adapter)
@@ -102,7 +96,7 @@ def test_ia3_is_pefts(tmp_path):
         for name, part in (("key", layer.self_attn.k_proj), ("value", layer.self_attn.v_proj)):
             own["attention"][name]["output_scale"] = jnp.asarray(part.ia3_l["default"].detach().numpy()[:, 0])
         own["down"]["input_scale"] = jnp.asarray(layer.mlp.down_proj.ia3_l["default"].detach().numpy()[0])
-    assert_same(model.logits(merge_ia3(model.params, adapter), TOKENS), logits_of(adapted))
+    assert_same(model.logits(merge_ia3(model.params, adapter), TOKENS), adapted, logits_of)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
@@ -113,7 +107,7 @@ def test_prompts_are_pefts(name, tmp_path):
     prompt = jnp.asarray(adapted.prompt_encoder["default"].embedding.weight.detach().numpy())
     prompt = prompt / model.config.embedding_scale  # PEFT's prompt comes in behind Gemma's scale, ours before it
     both = {"base": model.params, "prefix": prompt_prefix(model, model.params, prompt)}
-    assert_same(apply_prefix(model, 3).logits(both, TOKENS), logits_of(adapted)[:, 3:])
+    assert_same(apply_prefix(model, 3).logits(both, TOKENS), adapted, lambda theirs: logits_of(theirs)[:, 3:])
 
 
 def test_prefixes_are_pefts(tmp_path):
@@ -127,4 +121,4 @@ def test_prefixes_are_pefts(tmp_path):
         for i in range(model.config.num_layers)
     }
     both = {"base": model.params, "prefix": {"layers": layers}}
-    assert_same(apply_prefix(model, 3).logits(both, TOKENS), logits_of(adapted))
+    assert_same(apply_prefix(model, 3).logits(both, TOKENS), adapted, logits_of)
