@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels.logprob import soft_cap
+from jaxrl_kernels import decode_attention, flash_attention
 from jaxrl_llm.models.decoder_config import DecoderConfig
 from jaxrl_llm.models.rotary import rotate
 
 # Per layer {"keys": [B, KV, D, S], "values": [B, KV, S, D]}; the entry at s belongs to position s. Keys lie as the
 # product with the queries reads them: a decode step of benchmarks/grpo_step.py is a fifth faster for it on a CPU.
 Cache = list[dict[str, Float[Array, "B KV _ _"]]]
+
+FEW = 16  # so many new tokens read the cache as a decode step does; more are worth blocks of queries
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -39,33 +43,43 @@ def make_norm(config: DecoderConfig, size: int, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.RMSNorm(size, epsilon=config.norm_eps, rngs=rngs)
 
 
-def attend(
-    queries: Float[Array, "B T H D"],
-    keys: Float[Array, "B KV D S"],
-    values: Float[Array, "B KV S D"],
-    allowed: Bool[Array, "B #T S"],
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Float[Array, "B T HD"]:
-    """Softmax attention with `H / KV` query heads to a key/value head. A query that may see nothing gets the mean
-    value.
+def write_cache(
+    cache: dict[str, Float[Array, "B KV _ _"]],
+    keys: Float[Array, "B T KV D"],
+    values: Float[Array, "B T KV D"],
+    positions: Int[Array, "B T"],
+) -> dict[str, Float[Array, "B KV _ _"]]:
+    """The cache of a layer with new entries at their positions; position -1 marks padding, which is not written."""
+    # the index of padding lies behind the end, where a write is dropped
+    slots = jnp.where(positions >= 0, positions, cache["values"].shape[2])
+    rows = jnp.arange(positions.shape[0])[:, None]
+    return {
+        "keys": cache["keys"].at[rows, :, :, slots].set(keys.astype(cache["keys"].dtype), mode="drop"),
+        "values": cache["values"].at[rows, :, slots].set(values.astype(cache["values"].dtype), mode="drop"),
+    }
 
-    Scores are multiplied by `scale` (`D**-0.5` if not given) and, with `softcap`, kept between plus and minus that.
+
+def attend_to_cache(
+    queries: Float[Array, "B T H D"],
+    cache: dict[str, Float[Array, "B KV _ _"]],
+    positions: Int[Array, "B T"],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B T H D"]:
+    """Attention over all cached places up to each query's own; a query at position -1 gives 0.
+
+    What an earlier sequence left behind in a row has a position that is still to come, so it is never seen.
     """
-    batch, length, heads, dim = queries.shape
-    kv_heads, groups = keys.shape[1], heads // keys.shape[1]
-    scale = dim**-0.5 if scale is None else scale
-    # one axis for all queries of a key/value head: only small arrays are transposed, never the scores
-    queries = jnp.moveaxis((queries * scale).reshape(batch, length, kv_heads, groups, dim), 1, 3)
-    queries = queries.reshape(batch, kv_heads, groups * length, dim)
-    scores = jnp.einsum("bkqd,bkds->bkqs", queries, keys, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        scores = soft_cap(scores, softcap)
-    weights = jax.nn.softmax(jnp.where(jnp.tile(allowed[:, None], (1, 1, groups, 1)), scores, -1e30), axis=-1)
-    attended = jnp.einsum("bkqs,bksd->bkqd", weights.astype(values.dtype), values)
-    attended = jnp.moveaxis(attended.reshape(batch, kv_heads, groups, length, dim), 3, 1)
-    return attended.reshape(batch, length, heads * dim)
+    options: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
+    if queries.shape[1] <= FEW:
+        lengths = jnp.max(positions, axis=1) + 1
+        return decode_attention(queries, cache["keys"], cache["values"], lengths, positions=positions, **options)
+    keys, values = jnp.moveaxis(cache["keys"], 3, 1), jnp.moveaxis(cache["values"], 2, 1)
+    places = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape[:2])
+    dtype = queries.dtype
+    return flash_attention(queries, keys.astype(dtype), values.astype(dtype), positions=(positions, places), **options)
 
 
 class Attention(nnx.Module):
@@ -96,30 +110,18 @@ class Attention(nnx.Module):
         config, window = self.config, self.config.window(self.layer)
         queries, keys = self._queries_and_keys(x, positions)
         values = self.value(x).reshape(batch, length, config.num_kv_heads, -1)
+        options: dict[str, Any] = {
+            "window": window,
+            "softcap": config.attention_softcap,
+            "scale": config.attention_scale,
+        }
         if cache is None:
-            steps = jnp.arange(length)
-            allowed = (steps[:, None] >= steps)[None]
-            if window is not None:  # by place within the row: positions restart where a packed segment begins
-                allowed = allowed & (steps[:, None] - steps < window)
-            if segment_ids is not None:
-                allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
-            keys, values = jnp.moveaxis(keys, 1, 3), jnp.moveaxis(values, 1, 2)
+            # causal by place within the row: positions restart where a packed segment begins
+            attended = flash_attention(queries, keys, values, segment_ids=segment_ids, **options)
         else:
-            # position -1 marks padding: its index lies behind the end, and the write is dropped
-            slots = jnp.where(positions >= 0, positions, cache["values"].shape[2])
-            rows = jnp.arange(batch)[:, None]
-            keys = cache["keys"].at[rows, :, :, slots].set(keys.astype(cache["keys"].dtype), mode="drop")
-            values = cache["values"].at[rows, :, slots].set(values.astype(cache["values"].dtype), mode="drop")
-            cache = {"keys": keys, "values": values}
-            # what an earlier sequence left behind in a slot has a position that is still to come, so it is never seen
-            steps = jnp.arange(values.shape[2])
-            allowed = steps <= positions[:, :, None]
-            if window is not None:
-                allowed = allowed & (positions[:, :, None] - steps < window)
-        attended = attend(
-            queries, keys, values, allowed, scale=config.attention_scale, softcap=config.attention_softcap
-        )
-        return self.out(attended), cache
+            cache = write_cache(cache, keys, values, positions)
+            attended = attend_to_cache(queries, cache, positions, **options)
+        return self.out(attended.reshape(batch, length, -1)), cache
 
     def _queries_and_keys(self, x, positions):
         """Projected, normed where the config says so, and turned: [B, T, H, D] and [B, T, KV, D]."""

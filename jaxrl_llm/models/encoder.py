@@ -16,10 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_kernels import flash_attention
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.functional import split_module
 from jaxrl_llm.models.rotary import Rope, rotate
 from jaxrl_llm.types import Params
+
+PADDING = -1  # the segment of what is not real
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,46 +78,11 @@ class EncoderConfig:
                              f"the {self.num_layers} layers")  # fmt: skip
 
 
-def attend_per_head(
-    queries: Float[Array, "B T H D"],
-    keys: Float[Array, "B H D S"],
-    values: Float[Array, "B H S D"],
-    allowed: Bool[Array, "#B #T S"] | None,
-    bias: Float[Array, "#B H T S"] | None = None,
-    *,
-    scale: float = 1.0,
-) -> Float[Array, "B T HD"]:
-    """Softmax attention with as many key/value heads as query heads, scores in float32 times `scale` plus `bias`. A
-    query that may see nothing gets the mean value."""
-    batch, length, heads, dim = queries.shape
-    scores = jnp.einsum("bthd,bhds->bhts", queries * scale, keys, preferred_element_type=jnp.float32)
-    if bias is not None:
-        scores = scores + bias
-    if allowed is not None:
-        scores = jnp.where(allowed[:, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bhts,bhsd->bthd", weights, values).reshape(batch, length, heads * dim)
-
-
-def visible(
-    length: int,
-    mask: Bool[Array, "B T"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    window: int | None = None,
-) -> Bool[Array, "#B #T T"] | None:
-    """Which key each query may see, by place; None if there is nothing to hide."""
-    parts = []
-    if mask is not None:
-        parts.append(mask.astype(bool)[:, None, :])
-    if segment_ids is not None:
-        parts.append(segment_ids[:, :, None] == segment_ids[:, None, :])
-    if window is not None and window < length - 1:
-        places = jnp.arange(length)
-        parts.append((jnp.abs(places[:, None] - places) <= window)[None])
-    allowed = None
-    for part in parts:
-        allowed = part if allowed is None else allowed & part
-    return allowed
+def segments_to_see(mask: Bool[Array, "B T"] | None, segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:
+    """Segments within which tokens see each other; padding has one of its own. None if there is nothing to hide."""
+    if mask is None:
+        return segment_ids
+    return jnp.where(mask, jnp.int32(0) if segment_ids is None else segment_ids, PADDING)
 
 
 class FeedForward(nnx.Module):
@@ -134,7 +102,7 @@ class FeedForward(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention over all places that `allowed` shows."""
+    """Self-attention over all places of a segment, or a window of it to either side."""
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs) -> None:
         def linear() -> nnx.Linear:
@@ -143,16 +111,16 @@ class Attention(nnx.Module):
         self.num_heads = config.num_heads
         self.query, self.key, self.value, self.out = linear(), linear(), linear(), linear()
 
-    def __call__(self, x, allowed, positions, rope):
+    def __call__(self, x, segments, window, positions, rope):
         queries, keys, values = (
             linear(x).reshape(*x.shape[:2], self.num_heads, -1) for linear in (self.query, self.key, self.value)
         )
         if rope is not None:
             queries, keys = rotate(queries, positions, rope), rotate(keys, positions, rope)
-        attended = attend_per_head(
-            queries, jnp.moveaxis(keys, 1, 3), jnp.moveaxis(values, 1, 2), allowed, scale=queries.shape[-1] ** -0.5
-        )
-        return self.out(attended)
+        # a window of the config counts the places beside a token's own, that of the kernel counts its own too
+        window = None if window is None else window + 1
+        attended = flash_attention(queries, keys, values, segment_ids=segments, causal=False, window=window)
+        return self.out(attended.reshape(x.shape))
 
 
 def layer_norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -176,12 +144,12 @@ class EncoderLayer(nnx.Module):
         self.ffn = FeedForward(config.width, config.ffn_width, config.activation, config.gated, config.ffn_bias, rngs)
         self.ffn_norm = layer_norm(config, rngs)
 
-    def __call__(self, x, allowed, positions, rope):
+    def __call__(self, x, segments, window, positions, rope):
         if self.pre_norm:
             h = x if self.normed else self.attention_norm(x)
-            x = x + self.attention(h, allowed, positions, rope)
+            x = x + self.attention(h, segments, window, positions, rope)
             return x + self.ffn(self.ffn_norm(x))
-        x = self.attention_norm(x + self.attention(x, allowed, positions, rope))
+        x = self.attention_norm(x + self.attention(x, segments, window, positions, rope))
         return self.ffn_norm(x + self.ffn(x))
 
 
@@ -204,7 +172,7 @@ class Encoder(nnx.Module):
             self.norm = layer_norm(config, rngs)
 
     def __call__(self, tokens, *, mask=None, segment_ids=None, positions=None, token_types=None):
-        config, length = self.config, tokens.shape[1]
+        config = self.config
         if positions is None:
             positions = self._default_positions(tokens, mask, segment_ids)
         x = self.embedding[...][tokens]
@@ -216,10 +184,10 @@ class Encoder(nnx.Module):
             raise ValueError("this encoder has no token types (num_token_types=0): leave token_types out")
         x = self.embedding_norm(x)
         windows = config.layer_windows or (None,) * config.num_layers
-        allowed = {window: visible(length, mask, segment_ids, window) for window in windows}
+        segments = segments_to_see(mask, segment_ids)
         for i, layer in enumerate(self.layers):
             rope = None if config.rope_thetas is None else Rope(config.rope_thetas[i])
-            x = layer(x, allowed[windows[i]], positions, rope)
+            x = layer(x, segments, windows[i], positions, rope)
         return self.norm(x) if config.pre_norm else x
 
     def _default_positions(self, tokens, mask, segment_ids):

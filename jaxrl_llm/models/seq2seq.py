@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.models.activations import ACTIVATIONS
-from jaxrl_llm.models.encoder import FeedForward, attend_per_head, visible
+from jaxrl_llm.models.encoder import FeedForward, segments_to_see
 from jaxrl_llm.models.functional import split_module
 from jaxrl_llm.types import Params
 
@@ -86,6 +86,28 @@ def relative_position_buckets(
     return buckets + jnp.where(relative > 0, per_direction, 0) if bidirectional else buckets
 
 
+def attend(
+    queries: Float[Array, "B T H D"],
+    keys: Float[Array, "B H D S"],
+    values: Float[Array, "B H S D"],
+    allowed: Bool[Array, "#B #T S"] | None,
+    bias: Float[Array, "#B H T S"] | None = None,
+) -> Float[Array, "B T HD"]:
+    """Softmax attention with as many key/value heads as query heads, scores in float32 plus `bias`. A query that may
+    see nothing gets the mean value.
+
+    In plain XLA: the bias is as large as the scores, so a kernel that does not hold these would save nothing.
+    """
+    batch, length, heads, dim = queries.shape
+    scores = jnp.einsum("bthd,bhds->bhts", queries, keys, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias
+    if allowed is not None:
+        scores = jnp.where(allowed[:, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bhts,bhsd->bthd", weights, values).reshape(batch, length, heads * dim)
+
+
 class RelativeAttention(nnx.Module):
     """Projections of an attention whose scores are not scaled: the initial queries are small instead."""
 
@@ -108,7 +130,7 @@ class RelativeAttention(nnx.Module):
 
     def __call__(self, x, keys, values, allowed, bias=None):
         queries = self.query(x).reshape(*x.shape[:2], self.num_heads, -1)
-        return self.out(attend_per_head(queries, keys, values, allowed, bias))
+        return self.out(attend(queries, keys, values, allowed, bias))
 
 
 class Block(nnx.Module):
@@ -190,7 +212,8 @@ class Seq2Seq(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """States of the encoder."""
         places = jnp.arange(tokens.shape[1])
-        allowed, bias = visible(tokens.shape[1], mask, segment_ids), self.encoder.bias(places[None], places)
+        segments, bias = segments_to_see(mask, segment_ids), self.encoder.bias(places[None], places)
+        allowed = None if segments is None else segments[:, :, None] == segments[:, None, :]
         x = self.embedding[...][tokens]
         for layer in self.encoder.layers:
             x, _ = layer(x, allowed, bias)

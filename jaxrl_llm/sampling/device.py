@@ -14,6 +14,7 @@ last prompt token, an observation) goes through the same step as a sampled token
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxrl_kernels import filter_logits, sample_tokens
+from jaxrl_kernels import sample_tokens
 from jaxrl_llm.models.decoder import Cache, Model, output_logits, replace_prefix
 from jaxrl_llm.types import Decoding, Params, Rollout
 
@@ -287,14 +288,8 @@ def _prefill(model: Model, params: Params, prompts, prompt_lengths, batch_size: 
 
 
 def _draw(logits, key, row, position, decoding: Decoding) -> tuple[Int[Array, "S"], Float[Array, "S"]]:
-    logits = filter_logits(
-        logits, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p, min_p=decoding.min_p
-    )
-    if decoding.greedy:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-    fold = lambda r, p: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, r), p))  # noqa: E731
-    return sample_tokens(logits, jax.vmap(fold)(row, position))
+    keys = jax.vmap(lambda r, p: jax.random.fold_in(jax.random.fold_in(key, r), p))(row, position)
+    return sample_tokens(logits, keys, **dataclasses.asdict(decoding))
 
 
 def _pad_stops(stop_sequences: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -46,7 +46,7 @@ def flash_attention(
       q, k, v: H query heads, a multiple of the KV heads of keys and values; query head h reads key head h // (H / KV).
       segment_ids: a query sees only keys of its own segment. One array where T = S, else a pair for queries and keys.
         Any integers but the smallest and the largest of 32 bits, which mark padding.
-      positions: places for `causal` and `window`, one array or a pair. By default the place within the row; where S is
+      positions: places below 2**30 for `causal` and `window`, one array or a pair. By default the place within the row; where S is
         not T the rows end together, so the last query is at the place of the last key. They may start again in each
         segment.
       causal: a query sees keys at its own place and before.
@@ -67,13 +67,14 @@ def flash_attention(
       ValueError: shapes or options that do not fit, or an implementation that cannot serve this call.
     """
     check_shapes(q, k, v, window, softcap, sinks, bias)
-    options = Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    segmented = segment_ids is not None or not causal
+    options = Options(causal, window, softcap, q.shape[-1] ** -0.5 if scale is None else float(scale), segmented)
     query_marks, key_marks = make_marks(q, k, segment_ids, positions)
     if implementation == "reference":
         return _reference(options, q, k, v, query_marks, key_marks, bias, sinks)
     plain = sinks is None and bias is None and segment_ids is None and positions is None
     cudnn = attention_gpu.refusal_of_cudnn(options, q, k) if plain else "has no sinks, segments, positions or bias here"
-    return _attend(options, (implementation, cudnn), q, k, v, query_marks, key_marks, bias, sinks)
+    return _attend_once(options, (implementation, cudnn), q, k, v, query_marks, key_marks, bias, sinks)
 
 
 def make_marks(
@@ -200,6 +201,8 @@ def _attend_backward(options, implementation, residuals, cotangent):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+# All versions are traced and one is lowered for each shape, not for each layer of a model that calls it.
+_attend_once = jax.jit(_attend, static_argnums=(0, 1))
 
 
 def add_sinks(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 HIDDEN = -1e30  # a logit that is masked: finite, as the difference of two infinities is no number
 PADDED_QUERY, PADDED_KEY = 2**31 - 1, -(2**31)  # segments of padding, which differ: padding sees nothing
+PADDED_PLACE = 2**30  # its position, behind all others: where all is one segment, it hides padded keys by itself
 
 
 class Options(NamedTuple):
@@ -24,19 +25,22 @@ class Options(NamedTuple):
     window: int | None
     softcap: float | None
     scale: float
+    segmented: bool = True  # false: all is one segment, and causal, so that positions alone tell who sees whom
 
 
 def visible(
     query: tuple[Int[Array, "*Q"], Int[Array, "*Q"]], key: tuple[Int[Array, "*K"], Int[Array, "*K"]], options: Options
 ) -> Bool[Array, "*QK"]:
     """Whether a query sees a key, from (segment, position) of each; the shapes broadcast."""
-    seen = query[0] == key[0]
+    seen: Array | bool = True
+    if options.segmented:
+        seen = query[0] == key[0]
     if options.causal:
         seen = seen & (key[1] <= query[1])
     if options.window is not None:
         distance = query[1] - key[1]
         seen = seen & ((distance if options.causal else jnp.abs(distance)) < options.window)
-    return seen
+    return seen  # type: ignore[return-value]  # causal where it is not segmented
 
 
 def logits_of(
@@ -66,12 +70,11 @@ def pad_rows(x: Array, multiple: int, axis: int, value: int = 0) -> Array:
 
 
 def pad_marks(marks: Int[Array, "B 2 T"], multiple: int, segment: int) -> Int[Array, "B 2 padded"]:
-    """Marks up to a multiple; the padding has a segment of its own and the last position, which widens no block."""
-    extra = -marks.shape[2] % multiple
-    if not extra:
-        return marks
-    tail = jnp.concatenate([jnp.full_like(marks[:, :1, -1:], segment), marks[:, 1:, -1:]], axis=1)
-    return jnp.concatenate([marks, jnp.repeat(tail, extra, axis=2)], axis=2)
+    """Marks up to a multiple; the padding has a segment of its own and a position behind all others."""
+    tail = jnp.broadcast_to(
+        jnp.array([[segment], [PADDED_PLACE]], jnp.int32), (*marks.shape[:2], -marks.shape[2] % multiple)
+    )
+    return jnp.concatenate([marks, tail], axis=2)
 
 
 def block_bounds(

@@ -24,8 +24,6 @@ from jaxrl_kernels.attention_mask import (
     visible,
 )
 
-BLOCK = 256
-
 
 def forward(
     options: Options,
@@ -55,9 +53,8 @@ def forward(
             return new, total * shrink + jnp.sum(weights, axis=-1), out
 
         empty = jnp.zeros(rows.shape[:-1])
-        peak, total, out = jax.lax.fori_loop(
-            first[i], last[i] + 1, step, (empty + HIDDEN, empty, jnp.zeros(rows.shape))
-        )
+        start = (empty + HIDDEN, empty, jnp.zeros(rows.shape))
+        peak, total, out = _loop(keys.shape[0], first[i], last[i], step, start)
         safe = jnp.where(total > 0, total, 1)
         return (out / safe[..., None]).astype(q.dtype), jnp.where(total > 0, peak + jnp.log(safe), -jnp.inf)
 
@@ -106,7 +103,7 @@ def backward(
             v_grad = v_grad.at[j].add(jnp.einsum("bkgts,bkgtd->bksd", weights, out_grad))
             return q_grad, k_grad, v_grad, bias_grad
 
-        q_grad, *carry = jax.lax.fori_loop(first[i], last[i] + 1, step, (jnp.zeros(rows.shape), *carry))
+        q_grad, *carry = _loop(keys.shape[0], first[i], last[i], step, (jnp.zeros(rows.shape), *carry))
         return tuple(carry), q_grad.astype(q.dtype)
 
     zeros = jnp.zeros(keys.shape)
@@ -117,8 +114,19 @@ def backward(
     return _join_queries(q_grad)[:, :length], k_grad, v_grad, bias_grad
 
 
+def _loop(num_blocks: int, first: Array, last: Array, step: Any, carry: Any) -> Any:
+    """The blocks of keys from `first` to `last`; a single one without the cost of a loop."""
+    return step(0, carry) if num_blocks == 1 else jax.lax.fori_loop(first, last + 1, step, carry)
+
+
+def _block(length: int) -> int:
+    """The size of equal blocks: small ones where half of the work would lie beyond the diagonal."""
+    largest = 64 if 128 <= length <= 256 else 128
+    return -(-length // -(-length // largest))
+
+
 def _sizes(q, k) -> tuple[int, int]:
-    return min(BLOCK, q.shape[1]), min(BLOCK, k.shape[1])
+    return _block(q.shape[1]), _block(k.shape[1])
 
 
 def _bounds(options, q, k, query_marks, key_marks):
@@ -169,7 +177,7 @@ def _add_bias_block(total, logit_grad, i, j):
 
 def _query_blocks(x, num_kv):
     """[B, T, H, D] -> [blocks, B, KV, H/KV, block, D]: the query heads of a key head side by side."""
-    block = min(BLOCK, x.shape[1])
+    block = _block(x.shape[1])
     x = pad_rows(x, block, 1)
     x = x.reshape(x.shape[0], -1, block, num_kv, x.shape[2] // num_kv, x.shape[3])
     return x.transpose(1, 0, 3, 4, 2, 5)
@@ -182,7 +190,7 @@ def _join_queries(x):
 
 def _key_blocks(x):
     """[B, S, KV, D] -> [blocks, B, KV, block, D]."""
-    block = min(BLOCK, x.shape[1])
+    block = _block(x.shape[1])
     x = pad_rows(x, block, 1)
     return x.reshape(x.shape[0], -1, block, *x.shape[2:]).transpose(1, 0, 3, 2, 4)
 
