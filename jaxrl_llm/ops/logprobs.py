@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_kernels import fused_logprob
+from jaxrl_kernels import filtered_logprob, fused_logprob
 from jaxrl_llm.types import Decoding
 
 
@@ -17,16 +18,16 @@ def token_logprobs(
     softcap: float | None = None,
     mask: Bool[Array, "*B"] | None = None,
     entropy_gradient: bool = False,
-    chunk: int = 512,
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """Log-prob and entropy (nats) of the distribution that `hidden` predicts, for the token `targets` beside it.
 
     `log softmax(hidden @ head.T / temperature)[target]`, renormalized over what the filters of `decoding` keep, so that
     a token sampled under `decoding` gets the log-prob it was sampled with. `softcap` is what the model's config calls
     `logit_softcap`: the products are soft-capped before the temperature divides them. The caller aligns: the hidden
-    state at t goes with the token at t + 1. Entries where `mask` is false are 0 and cost nothing. `[..., V]` exists for
-    `chunk` tokens at a time, in the backward pass too. The entropy carries a gradient only with `entropy_gradient`.
-    Float32.
+    state at t goes with the token at t + 1. Entries where `mask` is false are 0 and cost nothing. `[..., V]` never
+    exists at once, in the backward pass either: without a filter in blocks (`fused_logprob`), with one for some rows at
+    a time (`filtered_logprob`). The entropy carries a gradient only with `entropy_gradient`. Float32. A target outside
+    the vocabulary gives NaN where `mask` is true, or ValueError where the ids are known before the program runs.
 
     Raises:
       ValueError: shapes do not fit, or `softcap` is not positive.
@@ -39,17 +40,27 @@ def token_logprobs(
         raise ValueError(f"head must be [V, {hidden.shape[-1]}] like hidden, got {head.shape}")
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(f"mask must have the shape of targets {targets.shape}, got {mask.shape}")
-    logprobs, entropy = fused_logprob(
-        hidden.reshape(-1, hidden.shape[-1]),
-        head,
-        targets.reshape(-1),
-        temperature=decoding.temperature,
-        top_k=decoding.top_k,
-        top_p=decoding.top_p,
-        min_p=decoding.min_p,
-        softcap=softcap,
-        needed=None if mask is None else mask.reshape(-1),
-        entropy_gradient=entropy_gradient,
-        chunk=chunk,
-    )
+    rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    needed = None if mask is None else mask.reshape(-1)
+    if decoding.filters:
+        logprobs, entropy = filtered_logprob(
+            *(rows, head, ids),
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
+            min_p=decoding.min_p,
+            softcap=softcap,
+            needed=needed,
+            entropy_gradient=entropy_gradient,
+        )
+    else:
+        logprobs, entropy = fused_logprob(
+            *(rows, head, ids),
+            temperature=decoding.temperature,
+            softcap=softcap,
+            needed=needed,
+            with_entropy=True,
+            layout="VD",
+        )
+        entropy = entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)

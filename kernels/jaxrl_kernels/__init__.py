@@ -1,13 +1,11 @@
-"""Kernels of jaxrl_llm, usable alone: arrays in, arrays out. `dispatch.choose` says which version of one runs where.
-
-Fused log-probs and sampling are written in plain XLA so far; attention, the scan and the policy loss have Pallas
-kernels for TPUs and GPUs beside it.
-"""
+"""Kernels of jaxrl_llm, usable alone: arrays in, arrays out. `dispatch.choose` says which version of one runs where;
+kernels/README.md what each does."""
 
 from jaxrl_kernels.attention import flash_attention
 from jaxrl_kernels.attention_ring import ring_attention
 from jaxrl_kernels.decode_attention import decode_attention
-from jaxrl_kernels.logprob import fused_logprob, soft_cap
+from jaxrl_kernels.logprob import fused_logprob, fused_top_k, soft_cap
+from jaxrl_kernels.logprob_filtered import filtered_logprob
 from jaxrl_kernels.policy_loss import fused_policy_loss
 from jaxrl_kernels.sampling import filter_logits, sample_tokens
 from jaxrl_kernels.scan import discounted_scan
@@ -16,9 +14,11 @@ __all__ = [
     "decode_attention",
     "discounted_scan",
     "filter_logits",
+    "filtered_logprob",
     "flash_attention",
     "fused_logprob",
     "fused_policy_loss",
+    "fused_top_k",
     "ring_attention",
     "sample_tokens",
     "soft_cap",

@@ -46,9 +46,9 @@ def flash_attention(
       q, k, v: H query heads, a multiple of the KV heads of keys and values; query head h reads key head h // (H / KV).
       segment_ids: a query sees only keys of its own segment. One array where T = S, else a pair for queries and keys.
         Any integers but the smallest and the largest of 32 bits, which mark padding.
-      positions: places below 2**30 for `causal` and `window`, one array or a pair. By default the place within the row; where S is
-        not T the rows end together, so the last query is at the place of the last key. They may start again in each
-        segment.
+      positions: places below 2**30 for `causal` and `window`, one array or a pair. By default the place within the row;
+        where S is not T the rows end together, so the last query is at the place of the last key. They may start again
+        in each segment.
       causal: a query sees keys at its own place and before.
       window: how many places a query sees, its own included; without `causal`, to each side.
       sinks: a logit per head that takes part in the softmax but has no value (gpt-oss).

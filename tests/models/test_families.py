@@ -125,7 +125,7 @@ def test_gradient_of_packed_rows(name):
     def loss(params, tokens, positions, segments):
         hidden, _ = model.apply(params, tokens[:, :-1], positions=positions[:, :-1], segment_ids=segments[:, :-1])
         mask = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
-        logprobs, _ = token_logprobs(hidden, model.head(params), tokens[:, 1:], mask=mask, chunk=16)
+        logprobs, _ = token_logprobs(hidden, model.head(params), tokens[:, 1:], mask=mask)
         return jnp.sum(logprobs) / 14
 
     gradient = jax.jit(jax.grad(loss))
