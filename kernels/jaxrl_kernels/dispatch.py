@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -65,6 +66,18 @@ def choose(
         return jax.tree.map(lambda leaf: jnp.broadcast_to(number, leaf.shape).astype(leaf.dtype), shapes)
 
     return lambda *arrays: jax.lax.platform_dependent(*arrays, default=refuse, **{platform: version})
+
+
+def export_for(platform: str, function: Version, *arrays: Any) -> jax.export.Exported:
+    """`jax.export` of a function for a platform that need not be there, "cpu", "tpu" or "cuda", with its kernels.
+
+    For CUDA it names a GPU, which Triton's lowering asks for since jax 0.11, and admits the call of Triton kernels,
+    whose format jax does not promise to keep: run it with the version of jax that wrote it.
+    """
+    checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu") if platform == "cuda" else None
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return jax.export.export(jax.jit(function), platforms=[platform], disabled_checks=checks)(*arrays)
 
 
 def _platform(name: str) -> str | None:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrl_kernels import attention_tpu
 from jaxrl_kernels.attention import flash_attention, make_marks
 from jaxrl_kernels.attention_mask import Options, block_bounds, visible
+from jaxrl_kernels.dispatch import export_for
 
 VERSIONS = ["reference", "xla", "interpret", "interpret_gpu"]
 
@@ -246,9 +247,7 @@ def test_bounds_hold_everything_visible(causal, window):
 def test_exports_the_kernel_of_the_platform(platform, call, width):
     shape = jax.ShapeDtypeStruct((1, 200, 2, width), jnp.bfloat16)
     step = jax.grad(lambda q, k, v: jnp.sum(flash_attention(q, k, v, window=30).astype(jnp.float32)), (0, 1, 2))
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    text = jax.export.export(jax.jit(step), platforms=[platform], disabled_checks=unchecked)(*[shape] * 3).mlir_module()
-    assert call in text
+    assert call in export_for(platform, step, *[shape] * 3).mlir_module()
 
 
 @pytest.mark.slow

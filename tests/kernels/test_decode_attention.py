@@ -13,6 +13,7 @@ from jaxrl_kernels import decode_attention_tpu
 from jaxrl_kernels.attention import flash_attention
 from jaxrl_kernels.attention_mask import Options
 from jaxrl_kernels.decode_attention import _sight, decode_attention
+from jaxrl_kernels.dispatch import export_for
 
 VERSIONS = ["reference", "xla", "interpret_tpu", "interpret_gpu"]
 FLOAT32 = 2e-5  # some hundred float32 roundings of numbers about 1
@@ -152,12 +153,8 @@ def test_exports_the_kernel_of_the_platform(platform, page, call, table):
     shapes = [(8, 4, 8, 80), (8, 2, 80, page), (8, 2, page, 80)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     arrays += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8,), table) if shape is not None]
-    checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    call_it = jax.jit(functools.partial(decode_attention, window=70, sinks=jnp.zeros(8)))
-    # from jax 0.11 on Triton's lowering asks for which GPU
-    device = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu") if platform == "cuda" else None
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        text = jax.export.export(call_it, platforms=[platform], disabled_checks=checks)(*arrays).mlir_module()
+    call_it = functools.partial(decode_attention, window=70, sinks=jnp.zeros(8))
+    text = export_for(platform, call_it, *arrays).mlir_module()
     assert call in text if call else "tpu_custom_call" not in text
 
 

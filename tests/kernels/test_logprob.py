@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl_kernels import logprob_gpu, logprob_tpu, logprob_xla
+from jaxrl_kernels.dispatch import export_for
 from jaxrl_kernels.logprob import fused_logprob, fused_top_k
 from jaxrl_kernels.logprob_math import Options
 
@@ -264,9 +265,7 @@ def test_lowers_with_the_kernel_of_the_platform(platform, call, layout):
         logprobs, entropy = fused_logprob(hidden, head, targets, needed=needed, with_entropy=True, softcap=30.0)
         return jnp.sum(logprobs) + jnp.sum(entropy)
 
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    step = jax.export.export(jax.jit(jax.grad(loss, (0, 1))), platforms=[platform], disabled_checks=unchecked)
-    assert call in step(hidden, head, targets, needed).mlir_module()
+    assert call in export_for(platform, jax.grad(loss, (0, 1)), hidden, head, targets, needed).mlir_module()
 
 
 def test_all_logits_never_exist():

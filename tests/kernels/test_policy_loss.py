@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl_kernels import policy_loss
+from jaxrl_kernels.dispatch import export_for
 from jaxrl_kernels.policy_loss import fused_policy_loss
 from jaxrl_llm import ops
 
@@ -140,10 +141,8 @@ def test_empty_mask_gives_zero(implementation):
 def test_lowers_with_the_kernel_of_the_platform(platform):
     own, *_ = arrays = [jax.ShapeDtypeStruct((64, 8192), dtype) for dtype in (jnp.bfloat16, jnp.float32)]
     mask = jax.ShapeDtypeStruct(own.shape, bool)
-    run = jax.jit(jax.value_and_grad(fused_policy_loss, has_aux=True))
-    checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    exported = jax.export.export(run, platforms=[platform], disabled_checks=checks)(own, own, arrays[1], mask)
-    text = exported.mlir_module()
+    run = jax.value_and_grad(fused_policy_loss, has_aux=True)
+    text = export_for(platform, run, own, own, arrays[1], mask).mlir_module()
     assert "@tpu_custom_call" in text if platform == "tpu" else "__gpu$xla.gpu.triton" in text
 
 

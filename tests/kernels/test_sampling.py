@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl_kernels import filter_logits, sample_tokens
+from jaxrl_kernels.dispatch import export_for
 from jaxrl_kernels.sampling import draw
 from jaxrl_kernels.sampling_pallas import on_tpu
 from jaxrl_kernels.sampling_search import Filters
@@ -165,9 +166,8 @@ def test_tpu_kernel_has_no_races():
 def test_lowers_with_the_kernel_of_the_platform(platform, dtype):
     logits = jax.ShapeDtypeStruct((64, 152064), dtype)
     keys = jax.ShapeDtypeStruct((64, 2), jnp.uint32)
-    sample = jax.jit(functools.partial(sample_tokens, temperature=0.7, top_k=50, top_p=0.9, min_p=0.05))
-    checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    text = jax.export.export(sample, platforms=[platform], disabled_checks=checks)(logits, keys).mlir_module()
+    sample = functools.partial(sample_tokens, temperature=0.7, top_k=50, top_p=0.9, min_p=0.05)
+    text = export_for(platform, sample, logits, keys).mlir_module()
     assert "@tpu_custom_call" in text if platform == "tpu" else "__gpu$xla.gpu.triton" in text
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxrl_kernels.dispatch import export_for
 from jaxrl_kernels.scan import _pallas_tpu, discounted_scan
 from jaxrl_llm import ops
 
@@ -149,9 +150,7 @@ def test_tpu_kernel_has_no_races():
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_lowers_with_the_kernel_of_the_platform(platform):
     values = jax.ShapeDtypeStruct((64, 8192), jnp.float32)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(discounted_scan(x, 0.9))))
-    checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    text = jax.export.export(gradient, platforms=[platform], disabled_checks=checks)(values).mlir_module()
+    text = export_for(platform, jax.grad(lambda x: jnp.sum(discounted_scan(x, 0.9))), values).mlir_module()
     assert "@tpu_custom_call" in text if platform == "tpu" else "__gpu$xla.gpu.triton" in text
 
 

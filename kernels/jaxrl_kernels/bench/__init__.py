@@ -1,0 +1,1 @@
+"""`python -m jaxrl_kernels.bench`: every kernel beside whatever else does the same work."""
