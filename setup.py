@@ -32,9 +32,14 @@ CORE = [
     "datasets>=4.4",
     "safetensors>=0.6",
     "bm25s>=0.3",
+    "jsonschema>=4.26",
+    "simpleeval>=1.0.8",
+    "faiss-cpu>=1.13",
+    "mcp>=2.3,<3",
     "rich>=14.0",
     "tabulate>=0.9",
     "matplotlib>=3.10",
+    "tenacity>=9.0",
     "tensorboardX>=2.6.4",
 ]
 DEV = [

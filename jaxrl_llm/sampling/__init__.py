@@ -1,7 +1,19 @@
 """From parameters and prompts to rollouts, and back to their log-probabilities."""
 
+from jaxrl_llm.sampling.calls import CallLimits
 from jaxrl_llm.sampling.device import rollout
+from jaxrl_llm.sampling.host import Episode, host_rollout
 from jaxrl_llm.sampling.score import rollout_hidden, score_rollout
 from jaxrl_llm.sampling.transcripts import rollout_spans, transcripts, write_transcripts
 
-__all__ = ["rollout", "rollout_hidden", "rollout_spans", "score_rollout", "transcripts", "write_transcripts"]
+__all__ = [
+    "CallLimits",
+    "Episode",
+    "host_rollout",
+    "rollout",
+    "rollout_hidden",
+    "rollout_spans",
+    "score_rollout",
+    "transcripts",
+    "write_transcripts",
+]
