@@ -58,7 +58,7 @@ def forward(
         safe = jnp.where(total > 0, total, 1)
         return (out / safe[..., None]).astype(q.dtype), jnp.where(total > 0, peak + jnp.log(safe), -jnp.inf)
 
-    out, normalizer = jax.lax.map(block, jnp.arange(num_blocks))
+    _, (out, normalizer) = _over_queries(lambda _, i: (None, block(i)), None, num_blocks)
     return _join_queries(out)[:, :length], _join_rows(normalizer)[:, :, :length]
 
 
@@ -108,14 +108,22 @@ def backward(
 
     zeros = jnp.zeros(keys.shape)
     bias_zeros: Any = None if bias is None else jnp.zeros_like(_pad_bias(bias, q, k), dtype=jnp.float32)
-    (*key_grads, bias_sums), q_grad = jax.lax.scan(block, (zeros, zeros, bias_zeros), jnp.arange(queries.shape[0]))
+    (*key_grads, bias_sums), q_grad = _over_queries(block, (zeros, zeros, bias_zeros), queries.shape[0])
     k_grad, v_grad = (_join_keys(x)[:, : k.shape[1]].astype(k.dtype) for x in key_grads)
     bias_grad = None if bias is None else bias_sums[..., :length, : k.shape[1]].astype(bias.dtype)
     return _join_queries(q_grad)[:, :length], k_grad, v_grad, bias_grad
 
 
+def _over_queries(block: Any, carry: Any, num_blocks: int) -> Any:
+    """`jax.lax.scan` over the blocks of queries; a single one without the cost of a loop."""
+    if num_blocks > 1:
+        return jax.lax.scan(block, carry, jnp.arange(num_blocks))
+    carry, out = block(carry, 0)
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
 def _loop(num_blocks: int, first: Array, last: Array, step: Any, carry: Any) -> Any:
-    """The blocks of keys from `first` to `last`; a single one without the cost of a loop."""
+    """The blocks of keys from `first` to `last`; here too a single one without a loop."""
     return step(0, carry) if num_blocks == 1 else jax.lax.fori_loop(first, last + 1, step, carry)
 
 
