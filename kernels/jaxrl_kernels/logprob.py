@@ -89,7 +89,7 @@ def fused_logprob(
     if implementation == "reference":
         numbers = _reference(options, hidden, head, bias, ids - first, needed)
     else:
-        numbers = _statistics(call, *_vary_alike(hidden, head, bias, ids - first, needed))
+        numbers = _statistics_once(call, *_vary_alike(hidden, head, bias, ids - first, needed))
     normalizer, mean, picked = numbers if axis_name is None else _join(axis_name, part, ids - first, *numbers)
     logprob = jnp.where((ids >= 0) & (ids < vocab), picked - normalizer[:, None], jnp.nan)
     entropy = normalizer - mean
@@ -257,6 +257,7 @@ def _statistics_backward(call, saved, cotangents):
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)
+_statistics_once = jax.jit(_statistics, static_argnums=0)  # outside jit, its loops would be compiled at every call
 
 
 def _gradients(call, hidden, head, bias, ids, needed, statistics, cotangents):

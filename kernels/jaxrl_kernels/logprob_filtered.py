@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,6 +14,9 @@ from jaxrl_kernels.sampling import filter_logits
 CHUNK = 512  # rows whose logits exist at a time
 
 
+@functools.partial(
+    jax.jit, static_argnames=("temperature", "top_k", "top_p", "min_p", "softcap", "entropy_gradient", "chunk")
+)
 def filtered_logprob(
     hidden: Float[Array, "N D"],
     head: Float[Array, "V D"],

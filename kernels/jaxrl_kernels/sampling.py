@@ -104,6 +104,7 @@ def sample_tokens(
     return draw(jax.lax.stop_gradient(logits), uniform, filters, implementation)
 
 
+@functools.partial(jax.jit, static_argnames=("filters", "implementation"))
 def draw(
     logits: Float[Array, "N V"], uniform: Float[Array, "N"], filters: Filters, implementation: str | None = None
 ) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
