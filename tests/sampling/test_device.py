@@ -46,11 +46,9 @@ def test_slots_and_window_do_not_matter(sampled, options):
     [
         Decoding(),
         Decoding(temperature=0.3),
-        Decoding(temperature=0.7),
         Decoding(temperature=1.3),
         Decoding(top_p=0.9),
         Decoding(top_k=5),
-        Decoding(min_p=0.05),
         Decoding(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02),
         Decoding(greedy=True),
     ],
