@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.models.activations import ACTIVATIONS
+from jaxrl_llm.models.attention import write_cache
 from jaxrl_llm.models.encoder import FeedForward, segments_to_see
 from jaxrl_llm.models.functional import split_module
 from jaxrl_llm.types import Params
@@ -146,17 +147,14 @@ class Block(nnx.Module):
         self.ffn_norm = norm()
         self.ffn = FeedForward(config.width, config.ffn_width, config.activation, config.gated, False, rngs)
 
-    def __call__(self, x, allowed, bias, cross_allowed=None, memory=None, cache=None, slots=None):
+    def __call__(self, x, allowed, bias, cross_allowed=None, memory=None, cache=None, positions=None):
         """`memory` has the keys and values of the encoder; with a `cache`, those of the decoder are written to its
-        `slots[B, T]`."""
+        `positions[B, T]`."""
         h = self.attention_norm(x)
         keys, values = self.attention.keys_and_values(h)
         if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            keys, values = jnp.moveaxis(keys, 3, 1), jnp.moveaxis(values, 2, 1)
-            keys = cache["keys"].at[rows, :, :, slots].set(keys.astype(cache["keys"].dtype), mode="drop")
-            values = cache["values"].at[rows, :, slots].set(values.astype(cache["values"].dtype), mode="drop")
-            cache = cache | {"keys": keys, "values": values}
+            cache = cache | write_cache(cache, jnp.moveaxis(keys, 3, 1), jnp.moveaxis(values, 2, 1), positions)
+            keys, values = cache["keys"], cache["values"]
         x = x + self.attention(h, keys, values, allowed, bias)
         if memory is not None:
             cross_keys, cross_values = memory
@@ -261,7 +259,6 @@ class Seq2Seq(nnx.Module):
 
     def _decode(self, tokens, encoded, mask, positions, segment_ids, encoded_segment_ids, cache):
         length = tokens.shape[1]
-        slots = None
         if cache is None:
             places = jnp.arange(length)
             bias, allowed = self.decoder.bias(places[None], places), (places[:, None] >= places)[None]
@@ -275,8 +272,6 @@ class Seq2Seq(nnx.Module):
             places = jnp.arange(cache["layers"][0]["values"].shape[2])
             bias, allowed = self.decoder.bias(positions, places), places <= positions[:, :, None]
             cross_allowed = cache["mask"][:, None, :]
-            # position -1 marks padding: its index lies behind the end, and the write is dropped
-            slots = jnp.where(positions >= 0, positions, places.size)
         x = self.embedding[...][tokens]
         layers = []
         for i, layer in enumerate(self.decoder.layers):
@@ -285,7 +280,7 @@ class Seq2Seq(nnx.Module):
                 memory = layer.cross_attention.keys_and_values(encoded)
             else:
                 memory = old["cross_keys"], old["cross_values"]
-            x, new = layer(x, allowed, bias, cross_allowed, memory, old, slots)
+            x, new = layer(x, allowed, bias, cross_allowed, memory, old, positions)
             layers.append(new)
         x = self.decoder.norm(x)
         if self.config.tie_embeddings:

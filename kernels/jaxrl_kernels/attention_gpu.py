@@ -25,12 +25,12 @@ from jaxrl_kernels.attention_mask import (
     PADDED_QUERY,
     Options,
     block_bounds,
-    dot,
     logits_of,
     pad_marks,
     pad_rows,
     visible,
 )
+from jaxrl_kernels.tiles import dot
 
 
 def forward(

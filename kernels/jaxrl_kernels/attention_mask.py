@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -52,14 +51,6 @@ def logits_of(
         return logits, 1.0
     capped = jnp.tanh(logits / options.softcap)
     return options.softcap * capped, 1 - capped * capped
-
-
-def dot(x: Float[Array, "M N"], y: Float[Array, "K L"], axis_x: int, axis_y: int) -> Float[Array, "m l"]:
-    """Product over one axis of each, accumulated in float32; float32 inputs are not rounded on the way."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-        x, y, (((axis_x,), (axis_y,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def pad_rows(x: Array, multiple: int, axis: int, value: int = 0) -> Array:

@@ -26,16 +26,15 @@ from jaxrl_kernels.attention_mask import (
     PADDED_QUERY,
     Options,
     block_bounds,
-    dot,
     logits_of,
     pad_marks,
     pad_rows,
     visible,
 )
+from jaxrl_kernels.tiles import VMEM_LIMIT, dot
 
 LANES = 128
 BLOCK = 512
-VMEM_LIMIT = 64 * 2**20  # v5e, v5p and v6e have 95 to 128 MiB; the compiler's default of 16 or 32 is for many kernels
 
 
 def forward(

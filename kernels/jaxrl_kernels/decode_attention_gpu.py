@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels.attention_mask import HIDDEN, Options, dot, logits_of
+from jaxrl_kernels.attention_mask import HIDDEN, Options, logits_of
 from jaxrl_kernels.decode_attention_layout import LOWEST, Sight, join_heads, split_heads, split_sinks
+from jaxrl_kernels.tiles import dot
 
 PROGRAMS = 1024  # about eight for each of the 108 to 144 multiprocessors of an A100, H100 or H200
 MOST_ROWS, MOST_KEYS = 64, 64  # of a program's tiles

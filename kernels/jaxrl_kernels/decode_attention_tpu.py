@@ -28,11 +28,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_kernels.attention_mask import HIDDEN, Options, logits_of
 from jaxrl_kernels.decode_attention_layout import LOWEST, Sight, join_heads, split_heads, split_sinks
+from jaxrl_kernels.tiles import VMEM_LIMIT
 
 LANES = 128
 BLOCK_BYTES = 2 * 2**20  # at most, of a block's keys and values (1 to 3 microseconds to copy) and of its logits
 MOST_KEYS = 2048
-VMEM_LIMIT = 64 * 2**20
 MOST_SCALARS = 2**18 - 2**13  # numbers that the 1 MiB of scalar memory holds, without what the compiler takes
 
 

@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_kernels import logprob_gpu, logprob_tpu, logprob_xla
 from jaxrl_kernels.dispatch import choose
-from jaxrl_kernels.logprob_math import LOWEST, Options, logits_of, product, varying_like
+from jaxrl_kernels.logprob_math import LOWEST, Options, logits_of, varying_like
 from jaxrl_kernels.logprob_math import soft_cap as soft_cap
+from jaxrl_kernels.tiles import dot
 
 Logprobs = Float[Array, "N"] | Float[Array, "N K"]
 
@@ -344,5 +345,5 @@ def _reference_top_k(options, k, hidden, head, bias):
 
 def _all_logits(options, hidden, head, bias):
     dtype = jnp.promote_types(hidden.dtype, head.dtype)
-    products = product(hidden.astype(dtype), head.astype(dtype), 1, 1 - options.vocab_axis)
+    products = dot(hidden.astype(dtype), head.astype(dtype), 1, 1 - options.vocab_axis)
     return logits_of(products, bias, options)[0]

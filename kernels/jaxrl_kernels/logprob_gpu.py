@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels.logprob_math import LOWEST, Options, logit_gradient, logits_of, product, shape_like
+from jaxrl_kernels.logprob_math import LOWEST, Options, logit_gradient, logits_of, shape_like
+from jaxrl_kernels.tiles import dot
 
 TILE = 128
 GROUP = 8  # tiles of rows that walk along the vocabulary together
@@ -131,7 +132,7 @@ def _logits(options, rows, head, bias, row, column) -> tuple[Array, Array | floa
             piece = load(head, (pl.ds(column, TILE), depth), column_inside[:, None] & deep[None])
         else:
             piece = load(head, (depth, pl.ds(column, TILE)), deep[:, None] & column_inside[None])
-        return total + product(part, piece, 1, 1 - options.vocab_axis)
+        return total + dot(part, piece, 1, 1 - options.vocab_axis)
 
     products = jax.lax.fori_loop(0, pl.cdiv(width, step), body, jnp.zeros((TILE, TILE), jnp.float32))
     if bias is not None:

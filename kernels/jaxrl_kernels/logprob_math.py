@@ -74,14 +74,6 @@ def start_of(block: Int[Array, ""], size: int, vocab: int) -> tuple[Int[Array, "
     return start, block * size - start
 
 
-def product(x: Float[Array, "M N"], y: Float[Array, "K L"], axis_x: int, axis_y: int) -> Float[Array, "m l"]:
-    """Product over one axis of each, accumulated in float32; float32 inputs are not rounded on the way."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-        x, y, (((axis_x,), (axis_y,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def varying_like(x: Array, like: Array) -> Array:
     """The same numbers, typed under `shard_map` as differing between devices where `like` does."""
     missing = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying)

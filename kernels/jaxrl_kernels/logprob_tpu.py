@@ -23,12 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels.logprob_math import LOWEST, Options, logit_gradient, logits_of, product, shape_like
+from jaxrl_kernels.logprob_math import LOWEST, Options, logit_gradient, logits_of, shape_like
+from jaxrl_kernels.tiles import VMEM_LIMIT, dot
 
 LANES = 128
 BLOCK = 512
 OPERAND_BYTES = 8 * 2**20  # of a block of rows or of the head: four of them stand in VMEM
-VMEM_LIMIT = 64 * 2**20  # v5e, v5p and v6e have 95 to 128 MiB
 BACKWARD_SIZES = 8192, 3072  # rows and entries of a gradient in memory: 48 MiB in bfloat16
 
 
@@ -145,7 +145,7 @@ def _head_specs(options: Options, size: int, width: int, place: Any) -> tuple[pl
 
 def _logits(options: Options, rows: Any, head: Any, bias: Any) -> tuple[Array, Array | float]:
     dtype = jnp.promote_types(rows.dtype, head.dtype)
-    products = product(rows[...].astype(dtype), head[...].astype(dtype), 1, 1 - options.vocab_axis)
+    products = dot(rows[...].astype(dtype), head[...].astype(dtype), 1, 1 - options.vocab_axis)
     return logits_of(products, None if bias is None else bias[...], options)
 
 

@@ -34,11 +34,11 @@ from jaxrl_kernels.logprob_math import (
     Options,
     logit_gradient,
     logits_of,
-    product,
     slice_head,
     start_of,
     varying_like,
 )
+from jaxrl_kernels.tiles import dot
 
 CPU_SIZES = 1024, 512  # rows and entries of a block: 2 MiB, half of it for each of two cores with as much cache
 TOP_K_VOCAB = 8192  # lax.top_k has a cost per call and row
@@ -111,7 +111,7 @@ def _along_vocabulary(
         first, seen = start_of(j, size, vocab)
         piece = slice_head(head, first, size, options).astype(rows.dtype)
         ours = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, first, size)
-        logits, _ = logits_of(product(rows, piece, 1, 1 - options.vocab_axis), ours, options)
+        logits, _ = logits_of(dot(rows, piece, 1, 1 - options.vocab_axis), ours, options)
         if vocab % size:
             logits = jnp.where(jnp.arange(size) >= seen, logits, -jnp.inf)
         new = jnp.maximum(peak, jnp.max(logits, axis=1))
@@ -183,11 +183,11 @@ def backward(
             part, ours, *numbers = cut
             block = gradient_block(options, part, piece, bias_piece, ours - first, *numbers, seen)
             part, weights = part.astype(block.dtype), piece.astype(block.dtype)
-            piece_grad += product(block, part, 0, 0) if axis == 0 else product(part, block, 0, 0)
+            piece_grad += dot(block, part, 0, 0) if axis == 0 else dot(part, block, 0, 0)
             if bias_piece_grad is not None:
                 bias_piece_grad += jnp.sum(block, axis=0, dtype=jnp.float32)
             before = jax.lax.dynamic_slice_in_dim(rows_grad, i * row_size, row_size)
-            total = before + product(block, weights, 1, axis)
+            total = before + dot(block, weights, 1, axis)
             rows_grad = jax.lax.dynamic_update_slice_in_dim(rows_grad, total, i * row_size, 0)
             return rows_grad, piece_grad, bias_piece_grad
 
@@ -230,7 +230,7 @@ def gradient_block(
     """Gradient of the products of some rows with a piece of the head, in float32; 0 in the first `seen` columns.
     `targets` count from the piece's first entry."""
     logits, slope = logits_of(
-        product(rows.astype(jnp.float32), piece.astype(jnp.float32), 1, 1 - options.vocab_axis), bias, options
+        dot(rows.astype(jnp.float32), piece.astype(jnp.float32), 1, 1 - options.vocab_axis), bias, options
     )
     columns = jnp.arange(logits.shape[1])
     column = None if to_mean is None else to_mean[:, None]

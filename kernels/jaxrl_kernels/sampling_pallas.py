@@ -19,10 +19,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxrl_kernels.sampling_search import Filters, smallest, threshold
+from jaxrl_kernels.tiles import VMEM_LIMIT
 
 LANES = 128
 TPU_PIECE, GPU_PIECE = 2048, 4096
-VMEM_LIMIT = 64 * 2**20  # v5e, v5p and v6e have 95 to 128 MiB
 
 Piece = Float[Array, "R C"]
 Drawn = tuple[Int[Array, "N"], Float[Array, "N"]]
