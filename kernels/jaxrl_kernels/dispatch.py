@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+from jax.extend.backend import get_backend
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 Version = Callable[..., Any]
 
 # Where a version can run, by the start of its name; one that stands not here runs everywhere.
-PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "mosaic_gpu": "cuda"}
+HOPPER = "9.0"  # compute capability of the GPUs that have wgmma, which no later GPU has
 
 
 def choose(
@@ -23,29 +25,37 @@ def choose(
     cpu: Version,
     tpu: Version | str | None = None,
     gpu: Version | str | None = None,
+    hopper: Version | str | None = None,
     **others: Version | str,
 ) -> Version:
     """The function to call with a kernel's arrays.
 
     Without a name, the platform that the program is lowered for decides: `tpu` on a TPU, `gpu` on a CUDA device, `cpu`
     wherever those are missing. So a function that is exported on one machine for another carries the other's kernel.
-    All versions are traced, none but the chosen one is lowered. Differentiate around the call (`jax.custom_vjp`), not
-    through it: a Pallas kernel has no derivative.
+    On a machine with a Hopper GPU, a program for CUDA takes `hopper` where that serves. A machine without a GPU cannot
+    know which one its program will meet, so there `hopper` is taken by name only. All versions are traced, none but the
+    chosen one is lowered. Differentiate around the call (`jax.custom_vjp`), not through it: a Pallas kernel has no
+    derivative.
 
     Args:
-      implementation: None, or a name: "xla" for `cpu`, "pallas_tpu" for `tpu`, "pallas_gpu" for `gpu`, or one of
-        `others`.
-      cpu, tpu, gpu, others: functions of the same arrays with results of the same shapes. A string in place of a
-        function says why that version cannot serve this call, such as "needs heads of 64 or 128, got 80". A name in
-        `others` that begins with pallas_tpu or pallas_gpu runs on that platform only.
+      implementation: None, or a name: "xla" for `cpu`, "pallas_tpu" for `tpu`, "pallas_gpu" for `gpu`, "mosaic_gpu" for
+        `hopper`, or one of `others`.
+      cpu, tpu, gpu, hopper, others: functions of the same arrays with results of the same shapes. A string in place of
+        a function says why that version cannot serve this call, such as "needs heads of 64 or 128, got 80". A name in
+        `others` that begins with pallas_tpu, pallas_gpu or mosaic_gpu runs on that platform only.
 
     Raises:
-      ValueError: an unknown name, a version that cannot serve this call, or (on lowering) one of another platform.
+      ValueError: an unknown name, a version that cannot serve this call or that this machine's GPU cannot run, or (on
+        lowering) one of another platform.
     """
-    given = {"xla": cpu, "pallas_tpu": tpu, "pallas_gpu": gpu, **others}
+    capability = compute_capability()
+    if capability not in (None, HOPPER) and callable(hopper):
+        hopper = f"needs a GPU of compute capability {HOPPER} (H100, H200, GH200), this machine's has {capability}"
+    given = {"xla": cpu, "pallas_tpu": tpu, "pallas_gpu": gpu, "mosaic_gpu": hopper, **others}
     versions = {name: version for name, version in given.items() if callable(version)}
     if implementation is None:
-        accelerated = {"tpu": versions.get("pallas_tpu"), "cuda": versions.get("pallas_gpu")}
+        best = versions.get("mosaic_gpu") if capability == HOPPER else None
+        accelerated = {"tpu": versions.get("pallas_tpu"), "cuda": best or versions.get("pallas_gpu")}
         branches = {platform: version for platform, version in accelerated.items() if version is not None}
         return lambda *arrays: jax.lax.platform_dependent(*arrays, default=cpu, **branches)
     if implementation not in versions:
@@ -66,6 +76,13 @@ def choose(
         return jax.tree.map(lambda leaf: jnp.broadcast_to(number, leaf.shape).astype(leaf.dtype), shapes)
 
     return lambda *arrays: jax.lax.platform_dependent(*arrays, default=refuse, **{platform: version})
+
+
+def compute_capability() -> str | None:
+    """That of this machine's first NVIDIA GPU, such as "9.0"; None on a machine without one."""
+    if jax.default_backend() != "gpu" or "cuda" not in get_backend().platform_version:
+        return None
+    return jax.devices()[0].compute_capability
 
 
 def export_for(platform: str, function: Version, *arrays: Any) -> jax.export.Exported:

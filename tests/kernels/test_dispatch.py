@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxrl_kernels import dispatch
 from jaxrl_kernels.dispatch import choose
 
 X = jnp.arange(3.0)
@@ -39,6 +40,36 @@ def test_a_missing_version_falls_back():
     for platform in ("tpu", "cuda"):
         exported = jax.export.export(jax.jit(choose(None, cpu=add(11.0), gpu="no")), platforms=[platform])(X)
         assert "dense<1.1" in exported.mlir_module()
+
+
+@pytest.mark.parametrize(
+    ("capability", "number"), [("9.0", "1.4"), ("8.0", "1.3"), ("10.0", "1.3"), (None, "1.3")], ids=str
+)
+def test_takes_the_hopper_version_on_hopper(capability, number, monkeypatch):
+    """By itself only where this machine's GPU is one; by name also where there is none, for an export."""
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: capability)
+    versions = {"cpu": add(11.0), "gpu": add(13.0), "hopper": add(14.0)}
+
+    def text(implementation):
+        chosen = choose(implementation, **versions)
+        return jax.export.export(jax.jit(chosen), platforms=["cuda"])(X).mlir_module()
+
+    assert f"dense<{number}" in text(None)
+    if capability in ("9.0", None):
+        assert "dense<1.4" in text("mosaic_gpu")
+        with pytest.raises(ValueError, match="mosaic_gpu.*runs on cuda only; on cpu take None"):
+            jax.jit(choose("mosaic_gpu", **versions))(X)
+    else:
+        with pytest.raises(ValueError, match=f'"pallas_gpu"; .mosaic_gpu. .*H200, GH200.*has {capability}'):
+            text("mosaic_gpu")
+
+
+def test_a_hopper_version_that_cannot_serve_leaves_the_call_to_the_other(monkeypatch):
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
+    versions = {"cpu": add(11.0), "gpu": add(13.0), "hopper": "takes bfloat16 and float16"}
+    assert "dense<1.3" in jax.export.export(jax.jit(choose(None, **versions)), platforms=["cuda"])(X).mlir_module()
+    with pytest.raises(ValueError, match='one of "xla", "pallas_gpu"; .mosaic_gpu. .* takes bfloat16'):
+        choose("mosaic_gpu", **versions)
 
 
 def test_maps_over_a_batch():
