@@ -7,7 +7,6 @@ the slot takes the next row.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxrl_kernels import sample_tokens
-from jaxrl_llm.models.decoder import Cache, Model, output_logits, replace_prefix
+from jaxrl_llm.models.decoder import Cache, Model, replace_prefix
+from jaxrl_llm.sampling.draw import draw_tokens
 from jaxrl_llm.types import Decoding, Params, Rollout
 
 Stops = tuple[tuple[int, ...], ...]
@@ -189,13 +188,13 @@ def decode(
     last = jnp.take_along_axis(hidden, jnp.maximum(num_taken - 1, 0)[:, None, None], axis=1)[:, 0]
     # one key per (sequence, position): a sample depends neither on the slot nor on how many there are
     keys = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(slots.row, slots.known)
-    token, logprob = sample_tokens(output_logits(model, params, last), keys, **dataclasses.asdict(decoding))
+    drawn = draw_tokens(model, params, last, keys, decoding)
 
     rows = jnp.where(sampling, slots.row, num_rows)  # out of range: dropped
     written = written._replace(
-        tokens=written.tokens.at[rows, slots.known].set(token, mode="drop"),
+        tokens=written.tokens.at[rows, slots.known].set(drawn.tokens, mode="drop"),
         mask=written.mask.at[rows, slots.known].set(True, mode="drop"),
-        logprobs=written.logprobs.at[rows, slots.known].set(logprob, mode="drop"),
+        logprobs=written.logprobs.at[rows, slots.known].set(drawn.logprobs, mode="drop"),
         turn_ids=written.turn_ids.at[rows, slots.known].set(slots.turn, mode="drop"),
     )
     known = slots.known + sampling
