@@ -1,0 +1,25 @@
+"""Kernels for Hopper GPUs under JAX's interpreter."""
+
+import threading
+
+import jax
+import pytest
+from jax._src.pallas.mosaic.interpret import thread_map
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_each_interpreted_kernel_once():
+    """The interpreter compiles a kernel again for each warpgroup of each block of its grid: ten times the time."""
+    compiled, lock = {}, threading.Lock()
+
+    def run(jaxpr, consts, *args):
+        with lock:
+            if id(jaxpr) not in compiled:
+                function = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args))
+                # with the jaxpr beside it, so that no later one gets its id
+                compiled[id(jaxpr)] = jaxpr, function.lower(consts, *args).compile()
+        compiled[id(jaxpr)][1](consts, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thread_map, "_run_jaxpr", run)
+        yield
