@@ -7,6 +7,7 @@ a few integers restore.
 
 from jaxrl_llm.data.encoding import (
     Encoded,
+    encode_spans,
     tokenize_demonstrations,
     tokenize_listwise,
     tokenize_preferences,
@@ -47,6 +48,7 @@ __all__ = [
     "curriculum_order",
     "deduplicate_records",
     "demonstrations",
+    "encode_spans",
     "filter_by_tokens",
     "filter_records",
     "geography_index",

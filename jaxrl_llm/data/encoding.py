@@ -16,6 +16,7 @@ from jaxrl_llm.data.columns import Row
 from jaxrl_llm.data.records import Records
 from jaxrl_llm.models.chat import encode_chat, render_chat
 from jaxrl_llm.models.tokenizer import Tokenizer
+from jaxrl_llm.types import Span
 
 TooLong = Literal["raise", "drop", "left", "right"]
 Marked = tuple[list[int], list[bool]]  # tokens, and which of them count
@@ -243,6 +244,18 @@ def _completed(
     if any(message["role"] == "assistant" for message in prompt):
         earlier = np.sum(encode_chat(tokenizer, prompt, tools=row.get("tools"))[1])
         mask = (np.array(mask) & (np.cumsum(mask) > earlier)).tolist()
+    return ids, mask
+
+
+def encode_spans(spans: Sequence[Span], tokenizer: Tokenizer) -> Marked:
+    """A transcript by author, as `envs.transcript_spans` makes it: its tokens, and which are the policy's. Each span is
+    encoded by itself, as prompts and observations are while sampling."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for span in spans:
+        part = tokenizer.encode(span.text)
+        ids += part
+        mask += [span.role == "policy"] * len(part)
     return ids, mask
 
 

@@ -11,16 +11,40 @@ from jaxrl_llm.envs.geography import (
 )
 from jaxrl_llm.envs.protocols import DeviceEnv, HostEnv
 from jaxrl_llm.envs.single_turn import SingleTurnEnv
+from jaxrl_llm.envs.tool_env import ToolEnv, Trajectory, Turn
+from jaxrl_llm.envs.tool_protocols import (
+    CHAT,
+    HERMES,
+    REACT,
+    SEARCH_R1,
+    Call,
+    Malformed,
+    Parsed,
+    Protocol,
+    transcript_spans,
+)
 
 __all__ = [
+    "CHAT",
+    "Call",
     "DeviceEnv",
     "GeographyEnv",
     "GeographyHostEnv",
     "GeographyState",
     "GeographyTask",
+    "HERMES",
     "HostEnv",
+    "Malformed",
+    "Parsed",
+    "Protocol",
+    "REACT",
+    "SEARCH_R1",
     "SingleTurnEnv",
+    "ToolEnv",
+    "Trajectory",
+    "Turn",
     "encode_tasks",
     "make_geography_env",
     "make_geography_host_env",
+    "transcript_spans",
 ]

@@ -20,7 +20,7 @@ from jaxrl_llm.models.adapters import (
     prompt_prefix,
     trainable_count,
 )
-from jaxrl_llm.models.chat import encode_chat, extend_chat, render_chat
+from jaxrl_llm.models.chat import encode_chat, extend_chat, render_chat, text_behind_turn
 from jaxrl_llm.models.decoder import DecoderConfig, Model, make_decoder
 from jaxrl_llm.models.encoder import EncoderConfig, EncoderModel, make_encoder
 from jaxrl_llm.models.heads import hidden_at, make_classifier_head, make_projection_head, make_scalar_head
@@ -32,7 +32,7 @@ from jaxrl_llm.models.previous_token import previous_token_head
 from jaxrl_llm.models.rotary import Rope
 from jaxrl_llm.models.sentence import Embedder, load_embedder
 from jaxrl_llm.models.seq2seq import Seq2SeqConfig, Seq2SeqModel, make_seq2seq, relative_position_buckets, shift_right
-from jaxrl_llm.models.tokenizer import Tokenizer, decode_stream, load_tokenizer
+from jaxrl_llm.models.tokenizer import Tokenizer, decode_stream, load_tokenizer, stop_sequences
 from jaxrl_llm.models.weights import count_params, load_params, save_params
 
 __all__ = [
@@ -82,5 +82,7 @@ __all__ = [
     "save_lora",
     "save_params",
     "shift_right",
+    "stop_sequences",
+    "text_behind_turn",
     "trainable_count",
 ]

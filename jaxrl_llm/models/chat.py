@@ -132,6 +132,40 @@ def extend_chat(
     return [*ids, *tail], [*mask, *[False] * len(tail)]
 
 
+def text_behind_turn(
+    tokenizer: Tokenizer,
+    new: Sequence[Message],
+    *,
+    ended: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template: str | None = None,
+) -> str:
+    """What the template writes behind a turn of the assistant, up to where its next turn begins: the messages `new`
+    and the headers around them. It is taken from a conversation of one user's message and one turn, so a template that
+    would rewrite earlier turns has nothing to rewrite: what was sampled stays as it was.
+
+    Args:
+      ended: whether the turn has its end-of-turn token; otherwise the text begins with that token.
+
+    Raises:
+      ValueError: as `render_chat`; or the template ends turns with no special token.
+    """
+    _check_messages(new, "new")
+    mark = "(the turn)"
+    while any(mark in str(message) for message in [*new, tools]):
+        mark += "*"
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    tail = _render(tokenizer, [*turn, *new], tools, template, True)[0].partition(mark)[2]
+    token = next((token for token in tokenizer.special_ids if token and tail.lstrip().startswith(token)), None)
+    if token is None:
+        raise ValueError(
+            f"behind the assistant's turn the template writes {tail[:20]!r} and no special token, so where a sampled "
+            "turn ends is unknown; use a template whose turns end with one of the tokenizer's special tokens"
+        )
+    behind = tail.lstrip().removeprefix(token)
+    return behind if ended else token + behind
+
+
 def _render(
     tokenizer: Tokenizer,
     messages: Sequence[Message],

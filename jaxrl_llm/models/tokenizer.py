@@ -97,6 +97,23 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=False)
 
 
+def stop_sequences(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
+    """Token sequences by which a sampler notices that a text of `texts` was written, alone or merged at its ends with
+    what is often around it (spaces, line breaks, brackets).
+
+    A policy can spell a text in other ways, too rare to list them all; whoever reads the turn should not rely on where
+    it stopped.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for text in texts:
+        for before in ("", " ", "\n", "a", ".", ">", "}"):
+            for after in ("", " ", "\n", "\n\n", ".", "<"):
+                ids, spans = tokenizer.encode_with_spans(before + text + after)
+                start, end = len(before), len(before) + len(text)
+                found[tuple(i for i, (a, b) in zip(ids, spans, strict=True) if a < end and b > start)] = None
+    return [list(ids) for ids in found if ids]
+
+
 def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text as its tokens arrive; the parts joined are `tokenizer.decode` of all ids.
 

@@ -71,7 +71,7 @@ def caller(limits: CallLimits) -> Iterator[Start]:
         async with asyncio.timeout(limits.timeout):
             if inspect.iscoroutinefunction(function):
                 return await function(*arguments)
-            return await _in_thread(function, arguments)
+            return await in_thread(function, *arguments)
 
     async def call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Outcome:
         attempts = 0
@@ -112,7 +112,7 @@ def caller(limits: CallLimits) -> Iterator[Start]:
         loop.close()
 
 
-async def _in_thread(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a function that runs in a daemon thread of its own.
 
     `asyncio.to_thread` shares a pool, which a few calls that hang would fill for ever, and which the interpreter waits

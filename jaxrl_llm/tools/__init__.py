@@ -15,6 +15,7 @@ from jaxrl_llm.tools.tool import (
     check_tools,
     render_tools,
     tool,
+    tool_schema,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "search_tool",
     "sqlite_tool",
     "tool",
+    "tool_schema",
 ]

@@ -36,10 +36,11 @@ class ToolResult(NamedTuple):
     Attributes:
       text: the observation, always text that encodes as UTF-8.
       error: None, or why there is no result: "unknown_tool", "bad_arguments", "failed" (the tool raised), "not_text".
+        An environment adds "timeout", "over_budget" and "malformed" (what the policy wrote could not be read).
     """
 
     text: str
-    error: Literal["unknown_tool", "bad_arguments", "failed", "not_text"] | None
+    error: Literal["unknown_tool", "bad_arguments", "failed", "not_text", "timeout", "over_budget", "malformed"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,10 +375,7 @@ def render_tools(tools: Sequence[Tool], style: Literal["hermes", "react", "plain
     """
     check_tools(tools)
     if style == "hermes":
-        lines = [
-            json.dumps({"type": "function", "function": _function_json(entry)}, ensure_ascii=False) for entry in tools
-        ]
-        lines = ["<tools>", *lines, "</tools>"]
+        lines = ["<tools>", *(json.dumps(tool_schema(entry), ensure_ascii=False) for entry in tools), "</tools>"]
     elif style == "react":
         lines = [
             f"{entry.name}: {entry.description} Parameters: {json.dumps(entry.parameters, ensure_ascii=False)}"
@@ -396,5 +394,7 @@ def render_tools(tools: Sequence[Tool], style: Literal["hermes", "react", "plain
     return "".join(f"{line}\n" for line in lines)
 
 
-def _function_json(entry: Tool) -> dict[str, Any]:
-    return {"name": entry.name, "description": entry.description, "parameters": entry.parameters}
+def tool_schema(entry: Tool) -> dict[str, Any]:
+    """The tool as chat templates and chat interfaces take it."""
+    function = {"name": entry.name, "description": entry.description, "parameters": entry.parameters}
+    return {"type": "function", "function": function}
