@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Threads of XLA: those of an interpreted GPU kernel wait for each other, and with one for each of two cores forever.
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 # No deadline, as the first example compiles; the same examples on every run, so that a failure can be looked at again.
 hypothesis.settings.register_profile(

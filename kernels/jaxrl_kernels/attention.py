@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels import attention_gpu, attention_tpu, attention_xla
+from jaxrl_kernels import attention_gpu, attention_hopper, attention_hopper_backward, attention_tpu, attention_xla
 from jaxrl_kernels.attention_mask import HIDDEN, Options, logits_of, visible
 from jaxrl_kernels.dispatch import choose
 
@@ -57,8 +57,8 @@ def flash_attention(
       bias: added to the logits; b is B or 1, h is H or 1. It is as large as what this function avoids to hold, so it
         always goes through XLA.
       implementation: None (the platform decides, when the program is lowered), "xla", "pallas_tpu", "pallas_gpu",
-        "cudnn", "reference" (plain, holds all weights), or "interpret" and "interpret_gpu" (the Pallas kernels on a
-        CPU, for tests).
+        "mosaic_gpu" (Hopper), "cudnn", "reference" (plain, holds all weights), or "interpret", "interpret_gpu" and
+        "interpret_mosaic" (the Pallas kernels on a CPU, for tests).
 
     Returns:
       The output in the dtype of q.
@@ -167,14 +167,19 @@ def _run(direction, options, implementation, q, k, v, query_marks, key_marks, bi
 
     kernel = without_bias(attention_gpu)
     vendor = cudnn or without_bias(attention_gpu, f"cudnn_{direction}")
+    by_vendor = name is None and cudnn is None
+    hopper = attention_hopper if direction == "forward" else attention_hopper_backward
+    refusal = attention_hopper.refusal(q)
     version = choose(
         name,
         cpu=functools.partial(getattr(attention_xla, direction), options),
         tpu=without_bias(attention_tpu),
-        gpu=kernel if cudnn or name == "pallas_gpu" else vendor,
+        gpu=vendor if by_vendor else kernel,
+        hopper=None if by_vendor else refusal or without_bias(hopper),
         cudnn=vendor,
         interpret=without_bias(attention_tpu, interpret=True),
         interpret_gpu=without_bias(attention_gpu, interpret=True),
+        interpret_mosaic=refusal or without_bias(hopper, interpret=True),
     )
     return version(q, k, v, query_marks, key_marks, bias, *rest)
 

@@ -77,12 +77,7 @@ def block_bounds(
     none outside them holds anything visible. Where a block sees none, the first is 0 and the last -1.
     """
 
-    def ranges(marks, block):
-        blocks = marks.reshape(marks.shape[0], 2, -1, block)
-        return blocks.min(-1), blocks.max(-1)
-
-    query_low, query_high = (x[..., None] for x in ranges(query_marks, block_q))
-    key_low, key_high = (x[:, :, None] for x in ranges(key_marks, block_k))
+    query_low, query_high, key_low, key_high = _mark_ranges(query_marks, key_marks, block_q, block_k)
     meet = (query_low[:, 0] <= key_high[:, 0]) & (key_low[:, 0] <= query_high[:, 0])
     if options.causal:
         meet = meet & (key_low[:, 1] <= query_high[:, 1])
@@ -91,6 +86,43 @@ def block_bounds(
         if not options.causal:
             meet = meet & (key_low[:, 1] - query_high[:, 1] < options.window)
     return _first_and_last(meet), _first_and_last(meet.swapaxes(1, 2))
+
+
+def whole_bounds(
+    query_marks: Int[Array, "B 2 T"], key_marks: Int[Array, "B 2 S"], block_q: int, block_k: int, options: Options
+) -> tuple[Int[Array, "B 2 nq"], Int[Array, "B 2 nk"]]:
+    """First and last of a run of blocks of keys all of which a block of queries sees whole, and the other way round.
+
+    There, no mask needs to be computed. It is the first run of such blocks; 0 and -1 where there is none.
+    """
+    query_low, query_high, key_low, key_high = _mark_ranges(query_marks, key_marks, block_q, block_k)
+    whole = jnp.ones(jnp.broadcast_shapes(query_low[:, 0].shape, key_low[:, 0].shape), bool)
+    if options.segmented:
+        whole = (query_low[:, 0] == key_high[:, 0]) & (query_high[:, 0] == key_low[:, 0])
+    if options.causal:
+        whole = whole & (key_high[:, 1] <= query_low[:, 1])
+    if options.window is not None:
+        whole = whole & (query_high[:, 1] - key_low[:, 1] < options.window)
+        if not options.causal:
+            whole = whole & (key_high[:, 1] - query_low[:, 1] < options.window)
+
+    def run(whole):
+        begun = jnp.cumsum(whole, axis=-1) > 0
+        return _first_and_last(whole & (jnp.cumsum(begun & ~whole, axis=-1) == 0))
+
+    return run(whole), run(whole.swapaxes(1, 2))
+
+
+def _mark_ranges(query_marks, key_marks, block_q: int, block_k: int) -> tuple[Array, Array, Array, Array]:
+    """Smallest and largest marks of blocks of queries [B, 2, nq, 1] and of keys [B, 2, 1, nk]."""
+
+    def ranges(marks, block):
+        blocks = marks.reshape(marks.shape[0], 2, -1, block)
+        return blocks.min(-1), blocks.max(-1)
+
+    query_low, query_high = (x[..., None] for x in ranges(query_marks, block_q))
+    key_low, key_high = (x[:, :, None] for x in ranges(key_marks, block_k))
+    return query_low, query_high, key_low, key_high
 
 
 def _first_and_last(meet: Bool[Array, "B n m"]) -> Int[Array, "B 2 n"]:

@@ -1,6 +1,7 @@
 """flash_attention: every version against a float64 oracle in NumPy, values and gradients, and what it refuses."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl_kernels import attention_tpu
 from jaxrl_kernels.attention import flash_attention, make_marks
-from jaxrl_kernels.attention_mask import Options, block_bounds, visible
+from jaxrl_kernels.attention_mask import Options, block_bounds, visible, whole_bounds
 from jaxrl_kernels.dispatch import export_for
 
 VERSIONS = ["reference", "xla", "interpret", "interpret_gpu"]
@@ -121,8 +122,9 @@ def test_options(implementation, options):
     check(implementation, *arrays, seen, tolerance=FLOAT32, **options)
 
 
-@pytest.mark.parametrize("implementation", VERSIONS)
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    ("width", "implementation"), [*itertools.product([64, 128], VERSIONS), (128, "interpret_mosaic")]
+)
 def test_packed_bfloat16_with_sinks(implementation, width):
     arrays = inputs(133, width=width, dtype=jnp.bfloat16)
     segments = np.sort(np.random.default_rng(1).integers(-1, 3, (2, 133)), axis=1)
@@ -147,6 +149,28 @@ def test_pairs_and_rows_that_see_nothing(implementation):
     out, grads = run(dict(zip("qkv", arrays, strict=False)), arrays[3], *pairs.values(), implementation=implementation)
     assert not np.any(out[1]) and not np.any(out[0, 3:])
     assert not any(np.any(grad[1]) for grad in grads.values()) and not np.any(grads["q"][0, 3:])
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "options"),
+    [
+        ({"length": 200}, jnp.bfloat16, {}),  # with blocks that are seen whole
+        ({"length": 140, "width": 80}, jnp.float16, {"window": 70, "softcap": 2.0}),
+        ({"length": 130, "key_length": 70}, jnp.float16, {"causal": False, "window": 40, "scale": -0.2}),
+    ],
+    ids=["causal", "softcap", "two_sided"],
+)
+def test_hopper(change, dtype, options):
+    """Its own blocks, 128 x 128 and 128 x 64, in the dtypes it takes; all accesses to shared memory are in order."""
+    arrays = inputs(**change, batch=1, heads=2, num_kv=1, dtype=dtype)
+    length, key_length = arrays[0].shape[1], arrays[1].shape[1]
+    places = np.arange(length)[None] + key_length - length, np.arange(key_length)[None]
+    seen = mask(*places, causal=options.get("causal", True), window=options.get("window"))
+    tolerance = BFLOAT16 if dtype == jnp.bfloat16 else BFLOAT16 / 8  # three bits more
+    check("interpret_mosaic", *arrays, seen, tolerance=tolerance, **options)
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    assert not gpu_callbacks.get_races().races_found
 
 
 @pytest.mark.parametrize("implementation", VERSIONS)
@@ -240,6 +264,22 @@ def test_bounds_hold_everything_visible(causal, window):
             assert by_key[row, 0, j] <= i <= by_key[row, 1, j]
 
 
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 30), (False, 30)])
+def test_whole_bounds_hold_nothing_hidden(causal, window):
+    """Rows of two segments, in blocks of 4 queries and 8 keys; and some runs are longer than a block."""
+    segments, longest = np.repeat([[0] * 40 + [1] * 24], 2, axis=0), 0
+    marks = jnp.asarray(np.stack([segments, np.broadcast_to(np.arange(64), (2, 64))], axis=1))
+    options = Options(causal, window, None, 1.0)
+    pairs = (marks[:, 0, :, None], marks[:, 1, :, None]), (marks[:, 0, None], marks[:, 1, None])
+    blocks = np.asarray(visible(*pairs, options)).reshape(2, 16, 4, 8, 8).all((2, 4))
+    for bounds, whole in zip(whole_bounds(marks, marks, 4, 8, options), (blocks, blocks.swapaxes(1, 2)), strict=True):
+        for row, i in np.ndindex(whole.shape[:2]):
+            first, last = np.asarray(bounds[row, :, i])
+            assert whole[row, i, first : last + 1].all() and (last >= 0) == whole[row, i].any()
+            longest = max(longest, last + 1 - first)
+    assert longest > 2
+
+
 @pytest.mark.parametrize(
     ("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton"), ("cpu", "stablehlo.while")]
 )
@@ -248,6 +288,19 @@ def test_exports_the_kernel_of_the_platform(platform, call, width):
     shape = jax.ShapeDtypeStruct((1, 200, 2, width), jnp.bfloat16)
     step = jax.grad(lambda q, k, v: jnp.sum(flash_attention(q, k, v, window=30).astype(jnp.float32)), (0, 1, 2))
     assert call in export_for(platform, step, *[shape] * 3).mlir_module()
+
+
+@pytest.mark.parametrize("width", [64, 80])
+def test_exports_the_hopper_kernels_by_name(width):
+    """With every mask: Mosaic checks layouts of registers and shared memory as it lowers."""
+    shape, segments = jax.ShapeDtypeStruct((1, 200, 2, width), jnp.bfloat16), jnp.zeros((1, 200), jnp.int32)
+
+    def loss(q, k, v):
+        options = {"window": 30, "softcap": 9.0, "segment_ids": segments, "implementation": "mosaic_gpu"}
+        return jnp.sum(flash_attention(q, k, v, **options).astype(jnp.float32))
+
+    text = export_for("cuda", jax.grad(loss, (0, 1, 2)), *[shape] * 3).mlir_module()
+    assert text.count("@mosaic_gpu_v2(") == 3 and "triton" not in text
 
 
 @pytest.mark.slow
@@ -283,6 +336,7 @@ def test_compiles_for_tpus(topology):
         ({"bias": np.zeros((1, 1, 1, 8), np.float32)}, "bias of shape"),
         ({"implementation": "magic"}, "implementation must be None or one of"),
         ({"implementation": "pallas_tpu"}, "runs on tpu only"),
+        ({"implementation": "mosaic_gpu"}, "cannot serve this call: takes bfloat16 and float16.*got float32"),
         ({"implementation": "cudnn"}, "cannot serve this call: needs an NVIDIA GPU"),
         ({"implementation": "cudnn", "segment_ids": np.zeros((2, 8), np.int32)}, "has no sinks, segments"),
         ({"implementation": "interpret", "bias": np.zeros((1, 1, 8, 8), np.float32)}, "takes no bias"),
