@@ -67,6 +67,7 @@ class Decoding:
         "turn_rewards",
         "turn_mask",
         "truncated",
+        "free_logprobs",
     ],
     meta_fields=["decoding"],
 )
@@ -88,6 +89,7 @@ class Rollout:
     turn_mask: Bool[Array, "B K"]  # which turns took place
     truncated: Bool[Array, "B"]  # stopped by a limit of the sampler, not by the environment
     decoding: Decoding = Decoding()
+    free_logprobs: Float[Array, "B T"] | None = None  # under a constraint: without it and without filters
 
 
 @partial(

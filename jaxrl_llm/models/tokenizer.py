@@ -7,7 +7,9 @@ is read too, so that ids are those of `transformers.AutoTokenizer`. `jaxrl_llm.m
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,42 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             shown = len(window)
     if rest := tokenizer.decode(window)[len(tokenizer.decode(window[:shown])) :]:
         yield rest
+
+
+def token_bytes(tokenizer: Tokenizer) -> tuple[bytes, ...]:
+    """The bytes that each id adds to a text, with a piece's leading space; none for special tokens and for ids without
+    a token. A token may be a part of a character.
+
+    Raises:
+      ValueError: tokens are no byte strings, as those of WordPiece, where a space depends on what stands before.
+    """
+    if isinstance(tokenizer.backend, PieceModel):
+        kinds, added = {"Metaspace"}, {i: text for text, i in tokenizer.backend.special.items()}
+    else:
+        decoder = json.loads(tokenizer.backend.to_str())["decoder"] or {}
+        kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
+        added = {i: token.content for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
+    # GPT-2's alphabet: a printable byte stands for itself, the others, in order, for the characters from 256 on
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+    def read(piece: str) -> bytes:
+        if "ByteLevel" in kinds:
+            return bytes(byte_of[character] for character in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+        raise ValueError(
+            f"tokens of a {sorted(kinds)} tokenizer are no byte strings; expected byte-level or SentencePiece"
+        )
+    special = set(tokenizer.special_ids.values())
+    return tuple(
+        b"" if i in special else added[i].encode() if i in added else read(piece)
+        for i, piece in enumerate(tokenizer.pieces)
+    )
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

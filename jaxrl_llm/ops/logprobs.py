@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,6 +20,8 @@ def token_logprobs(
     softcap: float | None = None,
     mask: Bool[Array, "*B"] | None = None,
     entropy_gradient: bool = False,
+    allowed: Callable[[Int[Array, "N"]], Bool[Array, "N V"]] | None = None,
+    states: Int[Array, "*B"] | None = None,
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """Log-prob and entropy (nats) of the distribution that `hidden` predicts, for the token `targets` beside it.
 
@@ -26,8 +30,10 @@ def token_logprobs(
     `logit_softcap`: the products are soft-capped before the temperature divides them. The caller aligns: the hidden
     state at t goes with the token at t + 1. Entries where `mask` is false are 0 and cost nothing. `[..., V]` never
     exists at once, in the backward pass either: without a filter in blocks (`fused_logprob`), with one for some rows at
-    a time (`filtered_logprob`). The entropy carries a gradient only with `entropy_gradient`. Float32. A target outside
-    the vocabulary gives NaN where `mask` is true, or ValueError where the ids are known before the program runs.
+    a time (`filtered_logprob`), as with a constraint: `allowed`, a `jax.tree_util.Partial`, gives the tokens that rows
+    may take, by their `states`. The entropy carries a gradient only with `entropy_gradient`. Float32. A target outside
+    the vocabulary, or one not allowed, gives NaN where `mask` is true; the former ValueError where the ids are known
+    before the program runs.
 
     Raises:
       ValueError: shapes do not fit, or `softcap` is not positive.
@@ -42,7 +48,7 @@ def token_logprobs(
         raise ValueError(f"mask must have the shape of targets {targets.shape}, got {mask.shape}")
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     needed = None if mask is None else mask.reshape(-1)
-    if decoding.filters:
+    if decoding.filters or allowed is not None:
         logprobs, entropy = filtered_logprob(
             *(rows, head, ids),
             temperature=decoding.temperature,
@@ -52,6 +58,8 @@ def token_logprobs(
             softcap=softcap,
             needed=needed,
             entropy_gradient=entropy_gradient,
+            allowed=allowed,
+            states=None if states is None else states.reshape(-1),
         )
     else:
         logprobs, entropy = fused_logprob(

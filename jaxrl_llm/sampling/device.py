@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.decoder import Model
+from jaxrl_llm.sampling.constraints import Constraint
 from jaxrl_llm.sampling.slots import (
     Limits,
     Prompts,
@@ -55,6 +56,7 @@ def rollout(
     max_turn_tokens: int,
     stop_sequences: Sequence[Sequence[int]] = (),
     decoding: Decoding = Decoding(),
+    constraint: Constraint | None = None,
     group_size: int = 1,
     num_slots: int = 64,
     window: int = 1,
@@ -74,6 +76,8 @@ def rollout(
       max_turns: K, turns per episode. max_turn_tokens: a turn ends there even without a stop sequence.
       stop_sequences: token sequences of which the last token ends a turn. None: turns end by `max_turn_tokens` alone.
       decoding: how tokens are drawn; recorded in the rollout.
+      constraint: what a turn may say (`sampling.constraints`). The rollout then has `free_logprobs` too, and is scored
+        under the same constraint.
       group_size: G, episodes per task.
       num_slots: sequences decoded side by side.
       window: how many known tokens a slot takes per step while observations are pending. 1 is best on a CPU, where a
@@ -100,7 +104,14 @@ def rollout(
     states, tokens, lengths = jax.vmap(env.reset)(jax.random.split(env_key, num_tasks), tasks)
     check_prompts(tokens.shape[1], max_length)
     prompts = Prompts(tokens, lengths, states, prefill(model, params, tokens, lengths, num_slots))
-    step = functools.partial(decode, model, params, token_key, decoding, check_stops(stop_sequences), limits)
+    stops = check_stops(stop_sequences)
+
+    def step(width: int, carry: tuple[Written, Slots]) -> tuple[Written, Slots]:
+        return decode(
+            *(model, params, token_key, decoding, stops, limits, width, *carry),
+            constraint=constraint,
+            group_size=group_size,
+        )
 
     def step_environment(written: Written, slots: Slots) -> tuple[Written, Slots]:
         turn_tokens, turn_lengths = turn_of(written, slots, limits)
@@ -124,14 +135,14 @@ def rollout(
 
         carry = (written, slots)
         if window > 1:
-            carry = jax.lax.while_loop(enough_decide_and_pending, lambda carry: step(window, *carry), carry)
-        carry = jax.lax.while_loop(enough_decide, lambda carry: step(1, *carry), carry)
+            carry = jax.lax.while_loop(enough_decide_and_pending, functools.partial(step, window), carry)
+        carry = jax.lax.while_loop(enough_decide, functools.partial(step, 1), carry)
         return *carry, next_row
 
     def unfinished(carry):
         _, slots, next_row = carry
         return (next_row < num_rows) | jnp.any(slots.row < num_rows)
 
-    carry = (*start(model, prompts, limits, group_size, num_slots), jnp.int32(0))
+    carry = (*start(model, prompts, limits, group_size, num_slots, constraint is not None), jnp.int32(0))
     written, _, _ = jax.lax.while_loop(unfinished, advance, carry)
     return finish(written, prompts, group_size, decoding)

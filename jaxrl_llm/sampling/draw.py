@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_kernels import sample_tokens
 from jaxrl_llm.models.decoder import Model, output_logits
+from jaxrl_llm.sampling.constraints import Constraint, allowed_tokens, next_states
 from jaxrl_llm.types import Decoding, Params
 
 
 class Drawn(NamedTuple):
-    """A token per slot, its log-prob under what it was drawn from and, with a constraint, the log-prob without it and
-    the state behind it."""
+    """A token per slot and its log-prob under what it was drawn from: the decoding, and the constraint if there is one.
+
+    With a constraint also the free log-prob, under softmax(logits / temperature) without filters, and the state of the
+    automaton behind the token.
+    """
 
     tokens: Int[Array, "S"]
     logprobs: Float[Array, "S"]
@@ -28,9 +34,29 @@ def draw_tokens(
     hidden: Float[Array, "S D"],
     keys: Key[Array, "S"],
     decoding: Decoding,
-    constraint: None = None,
+    constraint: Constraint | None = None,
     states: Int[Array, "S"] | None = None,
 ) -> Drawn:
-    """Draws from what the hidden states predict, with one uniform number from the key of each slot."""
+    """Draws from what the hidden states predict, with one uniform number from the key of each slot.
+
+    The constraint goes first, then temperature and filters among the tokens that it allows. `states` are those of the
+    slots under it: `start_states` at the beginning of a turn, then what the last call gave.
+
+    Raises:
+      ValueError: the constraint is for another vocabulary, or comes without states.
+    """
     logits = output_logits(model, params, hidden)
-    return Drawn(*sample_tokens(logits, keys, **dataclasses.asdict(decoding)), None, None)
+    options = dataclasses.asdict(decoding)
+    if constraint is None:
+        return Drawn(*sample_tokens(logits, keys, **options), None, None)
+    if constraint.vocab_size != logits.shape[-1] or states is None:
+        raise ValueError(
+            f"the constraint is for {constraint.vocab_size} tokens, the model has {logits.shape[-1]}"
+            if states is not None
+            else "a constraint needs states, see start_states"
+        )
+    allowed = jnp.where(allowed_tokens(constraint, states), logits, -jnp.inf)
+    tokens, logprobs = sample_tokens(allowed, keys, **options)
+    scaled = logits / decoding.temperature
+    free = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scaled, axis=-1)
+    return Drawn(tokens, logprobs, free, next_states(constraint, states, tokens))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.models.decoder import Model
 from jaxrl_llm.ops.logprobs import token_logprobs
+from jaxrl_llm.sampling.constraints import Constraint, allowed_tokens, next_states, start_states
 from jaxrl_llm.types import Decoding, Params, Rollout
 
 
@@ -17,6 +20,7 @@ def score_rollout(
     rollout: Rollout,
     *,
     decoding: Decoding,
+    constraint: Constraint | Literal["free"] | None = None,
     mask: Bool[Array, "B T"] | None = None,
     group_size: int = 1,
     shared_prefix: int = 0,
@@ -24,21 +28,36 @@ def score_rollout(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-prob and entropy (nats) of the rollout's tokens, 0 where `mask` is false (default: the policy's tokens).
 
-    The same distribution that the sampler recorded: same temperature, same filters. `shared_prefix` is a number of
-    leading tokens, less than the shortest prompt, that the `group_size` rollouts of a group have in common: they are
-    computed once and their keys and values serve the whole group, gradient included.
+    The same distribution that the sampler recorded: same temperature, same filters, same `constraint`. Under a
+    constraint the entropy is that of the tokens it allows, and a token it does not allow gets NaN; "free" scores such a
+    rollout at the same temperature without constraint and filters, as its `free_logprobs` are.
+
+    `shared_prefix` is a number of leading tokens, less than the shortest prompt, that the `group_size` rollouts of a
+    group have in common: they are computed once and their keys and values serve the whole group, gradient included.
 
     Raises:
-      ValueError: the rollout was sampled under another `decoding` than it is to be scored with (ratios would be off
-      from the
-        start), or `group_size` does not divide the batch.
+      ValueError: the rollout was sampled under another `decoding` than it is to be scored with, or with a constraint
+        and is to be scored without, or the reverse (ratios would be off from the start); or `group_size` does not
+        divide the batch.
     """
     if rollout.decoding != decoding:
         raise ValueError(
             f"the rollout was sampled under {rollout.decoding} but is to be scored under {decoding}; "
             "score it as it was sampled, or sample again"
         )
+    if (rollout.free_logprobs is None) != (constraint is None):
+        raise ValueError(
+            "the rollout was sampled under a constraint: score it with the same constraint=, or with constraint='free'"
+            if constraint is None
+            else "the rollout was sampled without a constraint; leave constraint out, or sample again"
+        )
     mask = rollout.mask if mask is None else mask
+    allowed = states = None
+    if isinstance(constraint, Constraint):
+        allowed = jax.tree_util.Partial(allowed_tokens, constraint)
+        states = rollout_states(constraint, rollout)
+    elif constraint == "free":
+        decoding = Decoding(temperature=decoding.temperature)
     hidden = rollout_hidden(model, params, rollout, group_size=group_size, shared_prefix=shared_prefix)
     # hidden[:, t] is the state that predicts tokens[:, t]
     return token_logprobs(
@@ -49,7 +68,24 @@ def score_rollout(
         softcap=model.config.logit_softcap,
         mask=mask,
         entropy_gradient=entropy_gradient,
+        allowed=allowed,
+        states=states,
     )
+
+
+def rollout_states(constraint: Constraint, rollout: Rollout) -> Int[Array, "B T"]:
+    """The state of the constraint before each token of the policy, as the sampler had it. What stands elsewhere means
+    nothing."""
+    first = start_states(constraint, rollout.group_ids)
+    before = jnp.pad(rollout.turn_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+
+    def step(states, column):
+        tokens, begins = column
+        states = jnp.where(begins, first, states)
+        return next_states(constraint, states, tokens), states
+
+    _, states = jax.lax.scan(step, first, (rollout.tokens.T, (rollout.turn_ids != before).T))
+    return states.T
 
 
 def rollout_hidden(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxrl_llm.models.decoder import Cache, Model, replace_prefix
+from jaxrl_llm.sampling.constraints import Constraint, start_states
 from jaxrl_llm.sampling.draw import draw_tokens
 from jaxrl_llm.types import Decoding, Params, Rollout
 
@@ -40,6 +41,7 @@ class Written(NamedTuple):
     turn_rewards: Float[Array, "B K"]
     turn_mask: Bool[Array, "B K"]
     truncated: Bool[Array, "B"]
+    free_logprobs: Float[Array, "B T"] | None  # with a constraint
 
 
 class Slots(NamedTuple):
@@ -53,6 +55,7 @@ class Slots(NamedTuple):
     waiting: Bool[Array, "S"]  # for the environment
     env_state: PyTree
     cache: Cache
+    states: Int[Array, "S"] | None  # of the constraint
 
 
 class Prompts(NamedTuple):
@@ -64,7 +67,9 @@ class Prompts(NamedTuple):
     cache: Cache
 
 
-def start(model: Model, prompts: Prompts, limits: Limits, group_size: int, num_slots: int) -> tuple[Written, Slots]:
+def start(
+    model: Model, prompts: Prompts, limits: Limits, group_size: int, num_slots: int, constrained: bool = False
+) -> tuple[Written, Slots]:
     """Rows that hold their prompt, and empty slots."""
     (num_tasks, width), (length, turns, _) = prompts.tokens.shape, limits
     num_rows = num_tasks * group_size
@@ -78,6 +83,7 @@ def start(model: Model, prompts: Prompts, limits: Limits, group_size: int, num_s
         turn_rewards=jnp.zeros((num_rows, turns), jnp.float32),
         turn_mask=jnp.zeros((num_rows, turns), bool),
         truncated=jnp.zeros(num_rows, bool),
+        free_logprobs=jnp.zeros((num_rows, length), jnp.float32) if constrained else None,
     )
     zeros = jnp.zeros(num_slots, jnp.int32)
     slots = Slots(
@@ -89,6 +95,7 @@ def start(model: Model, prompts: Prompts, limits: Limits, group_size: int, num_s
         waiting=jnp.zeros(num_slots, bool),
         env_state=jax.tree.map(lambda x: jnp.zeros((num_slots, *x.shape[1:]), x.dtype), prompts.states),
         cache=model.init_cache(num_slots, length, prompts.cache[0]["keys"].dtype),
+        states=zeros if constrained else None,
     )
     return written, slots
 
@@ -112,6 +119,7 @@ def refill(prompts: Prompts, group_size: int, slots: Slots, next_row: Int[Array,
         waiting=slots.waiting & ~fresh,
         env_state=select(fresh, jax.tree.map(lambda x: x[group], prompts.states), slots.env_state),
         cache=replace_prefix(slots.cache, jax.tree.map(lambda x: x[group], prompts.cache), fresh),
+        states=slots.states,
     )
     return slots, next_row + jnp.sum(fresh)
 
@@ -173,6 +181,8 @@ def decode(
     width: int,
     written: Written,
     slots: Slots,
+    constraint: Constraint | None = None,
+    group_size: int = 1,
 ) -> tuple[Written, Slots]:
     """Feeds each active slot up to `width` known tokens, and samples one where none are left."""
     num_rows = written.tokens.shape[0]
@@ -188,20 +198,30 @@ def decode(
     last = jnp.take_along_axis(hidden, jnp.maximum(num_taken - 1, 0)[:, None, None], axis=1)[:, 0]
     # one key per (sequence, position): a sample depends neither on the slot nor on how many there are
     keys = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(slots.row, slots.known)
-    drawn = draw_tokens(model, params, last, keys, decoding)
+    states = slots.states
+    if constraint is not None:
+        states = select(slots.known == slots.turn_start, start_states(constraint, slots.row // group_size), states)
+    drawn = draw_tokens(model, params, last, keys, decoding, constraint, states)
 
     rows = jnp.where(sampling, slots.row, num_rows)  # out of range: dropped
+
+    def write(field, value):
+        return field.at[rows, slots.known].set(value, mode="drop")
+
     written = written._replace(
-        tokens=written.tokens.at[rows, slots.known].set(drawn.tokens, mode="drop"),
-        mask=written.mask.at[rows, slots.known].set(True, mode="drop"),
-        logprobs=written.logprobs.at[rows, slots.known].set(drawn.logprobs, mode="drop"),
-        turn_ids=written.turn_ids.at[rows, slots.known].set(slots.turn, mode="drop"),
+        tokens=write(written.tokens, drawn.tokens),
+        mask=write(written.mask, True),
+        logprobs=write(written.logprobs, drawn.logprobs),
+        turn_ids=write(written.turn_ids, slots.turn),
+        free_logprobs=jax.tree.map(write, written.free_logprobs, drawn.free_logprobs),  # None without a constraint
     )
     known = slots.known + sampling
     turn_length = known - slots.turn_start
     stopped = _ends_with(written.tokens, slots.row, known, turn_length, stops)
     ended = sampling & (stopped | (turn_length == limits.max_turn_tokens) | (known == limits.max_length))
-    return written, slots._replace(known=known, fed=fed, waiting=slots.waiting | ended, cache=cache)
+    return written, slots._replace(
+        known=known, fed=fed, waiting=slots.waiting | ended, cache=cache, states=select(sampling, drawn.states, states)
+    )
 
 
 def finish(written: Written, prompts: Prompts, group_size: int, decoding: Decoding) -> Rollout:
@@ -225,6 +245,7 @@ def finish(written: Written, prompts: Prompts, group_size: int, decoding: Decodi
         turn_mask=written.turn_mask,
         truncated=written.truncated,
         decoding=decoding,
+        free_logprobs=written.free_logprobs,
     )
 
 

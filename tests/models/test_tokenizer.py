@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxrl_llm.models.tokenizer import decode_stream, load_tokenizer
+from jaxrl_llm.models.tokenizer import decode_stream, load_tokenizer, token_bytes
 
 FOLDER = Path(__file__).parent / "golden" / "tokenizers"
 TOKENIZERS = {name: load_tokenizer(FOLDER / name) for name in ("chatml", "t5", "llama")}
@@ -51,6 +51,20 @@ def test_same_as_transformers(name):
     assert ours.pad_id == theirs.pad_token_id
     assert ours.bos_id == theirs.bos_token_id
     assert ours.eos_ids[0] == theirs.eos_token_id
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_bytes_of_tokens_are_those_of_the_text(name):
+    """Parts of characters, spaces that pieces begin with (SentencePiece puts one first), tokens that were added."""
+    tokenizer = TOKENIZERS[name]
+    pieces = token_bytes(tokenizer)
+    texts = ["Kenya and Peru"] if name == "t5" else [unicodedata.normalize("NFC", text) for text in PLAIN if text]
+    for text in texts:
+        spelled = b"".join(pieces[i] for i in tokenizer.encode(text))
+        assert spelled == (text if name == "chatml" else " " + text).encode(), text
+    assert all(pieces[i] == b"" for i in tokenizer.special_ids.values())
+    if name == "chatml":
+        assert pieces[tokenizer.encode("<tool_call>")[0]] == b"<tool_call>"
 
 
 @pytest.mark.parametrize(("name", "file"), [("t5", "spiece.model"), ("llama", "tokenizer.model")])
