@@ -1,5 +1,5 @@
 # make quickstart   train the small search agent and show what it learned
-# make test         ruff, mypy and the tests
+# make test         ruff, mypy and the tests (in two processes; WORKERS=0 for one)
 # make parity       compares our models with those of PyTorch, which it installs
 # Each installs into .venv first if that is not done yet or requirements.lock has changed.
 
@@ -7,6 +7,7 @@ PYTHON := .venv/bin/python
 STAMP := .venv/installed.stamp
 PARITY_STAMP := .venv/parity.stamp
 COVERED := jaxrl_llm/ops jaxrl_llm/sampling jaxrl_llm/train
+WORKERS := 2
 
 .PHONY: install quickstart test parity lint clean
 
@@ -41,8 +42,10 @@ $(STAMP): requirements.lock setup.py
 quickstart: $(STAMP)
 	$(PYTHON) -m experiments.quickstart
 
+# Neighbors stay together, as they share fixtures and compiled functions; who is done takes over half of what is left.
 test: lint
-	$(PYTHON) -m pytest --ignore=tests/parity $(COVERED:%=--cov=%) --cov-report=term --cov-fail-under=85
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal --ignore=tests/parity \
+	    $(COVERED:%=--cov=%) --cov-report=term --cov-fail-under=85
 
 parity: $(PARITY_STAMP)
 	$(PYTHON) -m pytest tests/parity

@@ -145,7 +145,7 @@ def test_every_requirement_is_used() -> None:
         tops = {module.split(".")[0] for path in python_files(*folders) for module in imported_modules(path)}
         return {canonicalize_name(name) for top in tops for name in providers.get(top, [])}
 
-    tools = {"pytest-cov", "ruff", "mypy", "ipykernel", "setuptools"}
+    tools = {"pytest-cov", "pytest-xdist", "ruff", "mypy", "ipykernel", "setuptools"}
     core = {canonicalize_name(requirement.name) for requirement in setup_list("CORE")}
     dev = {canonicalize_name(requirement.name) for requirement in setup_list("DEV")} - tools
     assert not core - used("jaxrl_llm", "kernels", "experiments", "configs")

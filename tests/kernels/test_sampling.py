@@ -21,6 +21,7 @@ ALL = Filters(temperature=0.7, top_k=40, top_p=0.9, min_p=0.02)
 KERNELS = ["interpret_tpu", "interpret_gpu"]
 
 draw_jit = functools.partial(jax.jit, static_argnums=(2, 3))(draw)
+filter_jit = functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p", "min_p"))(filter_logits)
 
 
 def oracle_kept(logits, filters):
@@ -56,7 +57,7 @@ def test_inverts_the_cdf_of_what_is_kept(filters, seed, scale):
     logits, uniform = make(seed, scale)
     kept, weights, near = oracle_kept(logits, filters)
     options = {name: value for name, value in filters._asdict().items() if name != "greedy"}
-    finite = np.isfinite(np.asarray(jax.jit(functools.partial(filter_logits, **options))(logits)))
+    finite = np.isfinite(np.asarray(filter_jit(logits, **options)))
     assert np.all((finite == kept) | near | (weights == 0))
     probs = np.where(finite, weights, 0) / np.sum(np.where(finite, weights, 0), axis=-1, keepdims=True)
     tokens, logprobs = draw_jit(logits, uniform, filters, "xla")

@@ -65,10 +65,10 @@ def test_values(expression: str, expected: str) -> None:
     ],
 )
 def test_errors(expression: str, message: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()  # processor time, which other processes do not lengthen
     result = call_tool([calculator_tool()], "calculator", {"expression": expression})
     assert result.error == "failed" and message in result.text, result
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 _TOKENS = st.sampled_from(
@@ -77,14 +77,17 @@ _TOKENS = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300)
 @given(st.lists(_TOKENS, max_size=20).map("".join) | st.text(max_size=40))
 def test_nothing_but_numbers_and_tool_errors(expression: str) -> None:
+    start = time.process_time()
     try:
         value = evaluate(expression)
         text = number_text(value)
     except ToolError:
         return
+    finally:
+        assert time.process_time() - start < 2.0
     assert isinstance(value, int | float | Fraction) and not isinstance(value, bool)
     assert math.isfinite(float(text)) or isinstance(value, int)
 

@@ -111,7 +111,7 @@ def test_many_calls_at_once(tools):
     """From several threads, each with an event loop of its own, and many tasks in each: answers are not mixed up."""
 
     async def ask(name):
-        slow = call_tool_async(tools, "sleep", {"seconds": 0.5})
+        slow = call_tool_async(tools, "sleep", {"seconds": 1})
         fast = [call_tool_async(tools, "echo", {"text": f"{name} {i}"}) for i in range(8)]
         return await asyncio.gather(slow, *fast)
 
@@ -120,9 +120,9 @@ def test_many_calls_at_once(tools):
         found = list(pool.map(lambda name: asyncio.run(ask(name)), range(8)))
     wall = time.monotonic() - before
     for name, (slow, *fast) in enumerate(found):
-        assert slow == ("slept 0.5", None)
+        assert slow == ("slept 1.0", None)
         assert fast == [(f"{name} {i}", None) for i in range(8)]
-    assert wall < 3.5  # one after another, the sleeps alone would take 4 s
+    assert wall < 7.5  # one after another, the sleeps alone would take 8 s
 
 
 def test_a_call_that_takes_too_long_is_given_up(http_port):
@@ -132,7 +132,8 @@ def test_a_call_that_takes_too_long_is_given_up(http_port):
         found = call_tool(tools, "sleep", {"seconds": 60})
         assert found == ("Error: sleep did not answer within 0.3 s", "failed")
         assert time.monotonic() - before < 5
-        assert call_tool(tools, "echo", {"text": "still there"}).error is None
+        # on a busy machine the time may be too short for an answer, too
+        wait_until(lambda: call_tool(tools, "echo", {"text": "still there"}) == ("still there", None))
     assert call_tool(tools, "echo", {"text": "x"}) == ("Error: the connection to the MCP server is closed", "failed")
 
 
@@ -176,12 +177,13 @@ def test_an_http_server_that_dies_says_so_and_comes_back():
 
 
 def test_a_frozen_server_holds_nobody_up():
-    with mcp_tools(COMMAND, call_timeout=0.5) as tools:
+    with mcp_tools(COMMAND, call_timeout=1.0) as tools:
         pids = re.findall(r"\d+", call_tool(tools, "pids", {}).text)
+        assert len(pids) == 2
         before = time.monotonic()
-        assert "did not answer within 0.5 s" in call_tool(tools, "freeze", {}).text
+        assert "did not answer within 1 s" in call_tool(tools, "freeze", {}).text
         # more than a pipe holds, so that writing the call blocks
-        assert "did not answer within 0.5 s" in call_tool(tools, "echo", {"text": "x" * 1_000_000}).text
+        assert "did not answer within 1 s" in call_tool(tools, "echo", {"text": "x" * 1_000_000}).text
         assert time.monotonic() - before < 5
     assert time.monotonic() - before < 25
     assert_gone(pids)
