@@ -228,7 +228,7 @@ class ToolEnv:
             frames = [protocol.correction if result.error == "malformed" else protocol.result for result in results]
             parts = [frame.format(self._quote(result.text)) for frame, result in zip(frames, results, strict=True)]
         text = "\n".join(parts)
-        if self._templated and not (protocol.inline and not ended):
+        if self._templated and (ended or reply is not None or not protocol.inline):
             new = [{"role": "user", "content": text.strip()}]
             return text_behind_turn(self.tokenizer, new, ended=ended, tools=schemas)
         opened = bool(protocol.opening.strip()) and turn_text.rstrip().endswith(protocol.opening.strip())

@@ -3,6 +3,7 @@
 from jaxrl_llm.tools.calculator import calculator_tool
 from jaxrl_llm.tools.mcp import mcp_tools
 from jaxrl_llm.tools.memory import KeyValueMemory, memory_tools
+from jaxrl_llm.tools.policy import policy_tool
 from jaxrl_llm.tools.sandbox import PythonSandbox, SandboxLimits, python_tool
 from jaxrl_llm.tools.search import hybrid_search, search_tool
 from jaxrl_llm.tools.sqlite import open_database, sqlite_tool
@@ -33,6 +34,7 @@ __all__ = [
     "mcp_tools",
     "memory_tools",
     "open_database",
+    "policy_tool",
     "python_tool",
     "render_tools",
     "search_tool",

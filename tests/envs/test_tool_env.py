@@ -150,6 +150,11 @@ def test_a_user_and_tools():
     _, answers, _ = play(env, [f"Which country?{END}", f"{hermes(query='Peru')}{END}", f"Lima{END}"])
     assert answers[0][0] == f"\n<|im_start|>user\nAnd of Peru?{END}\n<|im_start|>assistant\n"
     assert "<tool_response>\nPeru: the" in answers[1][0] and answers[2] == ("", 1.0, True)
+    # an answer's closing tag does not end the assistant's message: the user's is a message all the same
+    env = make_env(SEARCH_R1, user=user, tokenizer=CHATML)
+    _, answers, _ = play(env, ["<answer>Quito</answer>", "<search>Peru</search>"])
+    assert answers[0][0] == f"{END}\n<|im_start|>user\nQuestion: And of Peru?{END}\n<|im_start|>assistant\n"
+    assert answers[1][0].startswith("\n\n<information>Peru")
     # an exception reaches the sampler, which tries again or shows it
     with pytest.raises(ValueError, match="user must return a text"):
         play(make_env(CHAT, user=lambda trajectory: 3), ["hello"])
