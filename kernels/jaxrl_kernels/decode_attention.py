@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels import decode_attention_gpu, decode_attention_tpu, decode_attention_xla
+from jaxrl_kernels import (
+    decode_attention_gpu,
+    decode_attention_hopper,
+    decode_attention_tpu,
+    decode_attention_xla,
+)
 from jaxrl_kernels.attention_mask import Options
 from jaxrl_kernels.decode_attention_layout import Sight
 from jaxrl_kernels.dispatch import choose
@@ -56,7 +61,8 @@ def decode_attention(
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
       scale: by default `1 / sqrt(D)`.
       implementation: None (the platform decides, when the program is lowered), "xla", "pallas_tpu", "pallas_gpu",
-        "reference" (plain, gathers all pages), or for tests "interpret_tpu" and "interpret_gpu".
+        "mosaic_gpu" (Hopper), "reference" (plain, gathers all pages), or for tests "interpret_tpu", "interpret_gpu" and
+        "interpret_mosaic".
 
     Returns:
       [S, T, H, D] in the dtype of q.
@@ -146,13 +152,16 @@ def _check_values(lengths, page_table, num_pages: int, page: int, capacity: int)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attend(options, implementation, q, k_pages, v_pages, page_table, sight, sinks):
     refusal = decode_attention_tpu.refusal(q, k_pages, page_table)
+    hopper_refusal = decode_attention_hopper.refusal(k_pages)
     versions: dict[str, Any] = {
         "cpu": decode_attention_xla.attend,
         "tpu": refusal or decode_attention_tpu.attend,
         "gpu": decode_attention_gpu.attend,
+        "hopper": hopper_refusal or decode_attention_hopper.attend,
         "reference": decode_attention_xla.reference,
         "interpret_tpu": refusal or functools.partial(decode_attention_tpu.attend, interpret=True),
         "interpret_gpu": functools.partial(decode_attention_gpu.attend, interpret=True),
+        "interpret_mosaic": hopper_refusal or functools.partial(decode_attention_hopper.attend, interpret=True),
     }
     bound: dict[str, Any] = {
         name: version if isinstance(version, str) else functools.partial(version, options)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxrl_kernels.attention_mask import HIDDEN, Options, logits_of
-from jaxrl_kernels.decode_attention_layout import LOWEST, Sight, join_heads, split_heads, split_sinks
+from jaxrl_kernels.decode_attention_layout import LOWEST, Sight, join_shares, share_bounds, split_heads
 from jaxrl_kernels.tiles import dot
 
 PROGRAMS = 1024  # about eight for each of the 108 to 144 multiprocessors of an A100, H100 or H200
@@ -73,31 +73,9 @@ def attend(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-    )(table, _bounds(sight, page, block, shares), sight.first, sight.end, rows, k_pages, v_pages)
+    )(table, share_bounds(sight, page, block, shares), sight.first, sight.end, rows, k_pages, v_pages)
     totals, peaks, sums = (x[:, :, :, : rows.shape[2]] for x in results)
-    peak = jnp.max(peaks, axis=2)
-    if sinks is not None:
-        sink = split_sinks(sinks, num_kv, length)
-        peak = jnp.maximum(peak, sink)
-    shrink = jnp.exp(peaks - peak[:, :, None])
-    sum_of_all = jnp.sum(sums * shrink, axis=2)
-    if sinks is not None:
-        sum_of_all = sum_of_all + jnp.exp(sink - peak)
-    total = jnp.sum(totals[..., :width] * shrink[..., None], axis=2)
-    return join_heads(total / jnp.where(sum_of_all > 0, sum_of_all, 1)[..., None], length).astype(q.dtype)
-
-
-def _bounds(sight: Sight, page: int, block: int, shares: int) -> Int[Array, "S shares 2"]:
-    """First block of each share and the one behind its last; a page that is no multiple of a block ends with a part."""
-
-    def block_of(place):
-        return place // page * pl.cdiv(page, block) + place % page // block
-
-    start = block_of(sight.low)
-    stop = jnp.where(sight.high > sight.low, block_of(jnp.maximum(sight.high - 1, 0)) + 1, start)
-    size = -(-(stop - start) // shares)
-    starts = jnp.minimum(start[:, None] + size[:, None] * jnp.arange(shares), stop[:, None])
-    return jnp.stack([starts, jnp.minimum(starts + size[:, None], stop[:, None])], axis=2).astype(jnp.int32)
+    return join_shares(totals[..., :width], peaks, sums, sinks, length).astype(q.dtype)
 
 
 def _kernel(options, length, block, row_blocks, table, bounds, first, end, rows, k_pages, v_pages, total, peak, sums):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxrl_kernels.tiles import dot
 
@@ -34,8 +34,9 @@ def launch(kernel: Callable[..., None], *, interpret: bool, **options: Any) -> C
 
 
 def shared(*shape: int, dtype: Any) -> Any:
-    """Shared memory for tiles of 16 bits as wgmma reads them: in pieces of 8 rows by 128 swizzled bytes."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    """Shared memory for tiles, as wgmma reads them: in pieces of 8 rows by 128 swizzled bytes."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any, interpret: bool) -> Float[Array, "..."]:
@@ -44,26 +45,40 @@ def full(shape: tuple[int, ...], value: float, layout: Any, interpret: bool) -> 
     return array if interpret else plgpu.layout_cast(array, layout)
 
 
+def places(shape: tuple[int, int], interpret: bool) -> Int[Array, "M N"]:
+    """A tile of each number's column."""
+    if interpret:
+        return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+
+
 def load(reference: Any, layout: Any, interpret: bool) -> Array:
     """A row or column from shared memory."""
     return reference[...] if interpret else plgpu.load(reference, (), layout=layout)
 
 
 def products(
-    *pairs: tuple[Tile, Tile], interpret: bool, meanwhile: Callable[[], None] = lambda: None
+    *pairs: tuple[Tile, Tile],
+    interpret: bool,
+    transposed: bool = True,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Float[Array, "M N"]]:
-    """`x y'` in float32 of each pair of x [M, D] and y [N, D], in shared memory; `meanwhile` runs as they are made."""
+    """`x y'` in float32 of each pair of x [M, D] and y [N, D], or `x y` of y [D, N], in shared memory.
+
+    `meanwhile` runs as they are made.
+    """
+    axis = 0 if transposed else 1  # of y's rows or columns that a product has
     if interpret:
         meanwhile()
-        return [dot(_value(x), y[...], 1, 1) for x, y in pairs]
+        return [dot(_value(x), y[...], 1, 1 - axis) for x, y in pairs]
 
     def multiply(*totals):
         for total, (x, y) in zip(totals, pairs, strict=True):
-            plgpu.wgmma(total, x, y.transpose((1, 0)))
+            plgpu.wgmma(total, x, y.transpose((1, 0)) if transposed else y)
         meanwhile()
         return [total[...] for total in totals]
 
-    return pl.run_scoped(multiply, *(plgpu.ACC((x.shape[0], y.shape[0]), jnp.float32) for x, y in pairs))
+    return pl.run_scoped(multiply, *(plgpu.ACC((x.shape[0], y.shape[axis]), jnp.float32) for x, y in pairs))
 
 
 def add_products(*terms: tuple[Float[Array, "M D"], Tile, Tile], interpret: bool) -> tuple[Float[Array, "M D"], ...]:

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_kernels import decode_attention_tpu
+from jaxrl_kernels import decode_attention_hopper, decode_attention_tpu
 from jaxrl_kernels.attention import flash_attention
 from jaxrl_kernels.attention_mask import Options
 from jaxrl_kernels.decode_attention import _sight, decode_attention
@@ -116,6 +116,26 @@ def test_odd_sizes(implementation):
     check(arrays, lengths, table, BFLOAT16, implementation, window=150)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((2, 4, 2, 64, 128), jnp.float16, {"softcap": 2.0, "sinks": np.linspace(-1, 2, 4, dtype=np.float32)}),
+        ((3, 23, 1, 128, 64), jnp.bfloat16, {"window": 70, "scale": 0.05}),
+    ],
+    ids=["softcap_sinks", "window"],
+)
+def test_hopper(shape, dtype, options, monkeypatch):
+    """Ragged, shared pages; the second has 69 rows to its key head, more than a block of the grid takes."""
+    monkeypatch.setattr(decode_attention_hopper, "FEWEST_KEYS", 64 * shape[4] // 32)  # two or three shares
+    arrays, lengths, table = make(*shape, dtype)
+    tolerance = BFLOAT16 if dtype == jnp.bfloat16 else BFLOAT16 / 8  # three bits more
+    out = check(arrays, lengths, table, tolerance, "interpret_mosaic", **options)
+    assert not np.any(out[1])
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    assert not gpu_callbacks.get_races().races_found
+
+
 def test_tpu_kernel_has_no_races():
     """Copies of this block and the next, under the interpreter that watches every access; unwritten memory is NaN."""
     (q, k, v, lengths, table), held, ids = make()
@@ -156,6 +176,14 @@ def test_exports_the_kernel_of_the_platform(platform, page, call, table):
     call_it = functools.partial(decode_attention, window=70, sinks=jnp.zeros(8))
     text = export_for(platform, call_it, *arrays).mlir_module()
     assert call in text if call else "tpu_custom_call" not in text
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2, 64, 128), (2, 80, 2, 128, 64)], ids=["64", "128"])
+def test_exports_the_hopper_kernel_by_name(shape):
+    arrays, *_ = make(*shape, jnp.bfloat16)
+    call_it = functools.partial(decode_attention, window=70, softcap=9.0, implementation="mosaic_gpu")
+    text = export_for("cuda", call_it, *arrays).mlir_module()
+    assert text.count("@mosaic_gpu_v2(") == 1 and "triton" not in text
 
 
 @pytest.mark.slow
@@ -221,6 +249,7 @@ def test_gradients_are_those_of_flash_attention(paged):
         ({"sinks": np.zeros(3, np.float32)}, "sinks of shape"),
         ({"implementation": "magic"}, "implementation must be None or one of"),
         ({"implementation": "pallas_gpu"}, "runs on cuda only"),
+        ({"implementation": "mosaic_gpu"}, "needs a cache in bfloat16 or float16.*got float32"),
         (
             {"k_pages": (6, 2, 64, 100), "v_pages": (6, 2, 100, 64), "implementation": "pallas_tpu"},
             "cannot serve this call: needs pages of a multiple of 128 places, got 100",
