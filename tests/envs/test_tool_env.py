@@ -30,14 +30,14 @@ def search(query: str) -> str:
     if query == "number":
         return 3  # type: ignore[return-value]
     if query == "slow":
-        time.sleep(0.5)
+        time.sleep(20)  # in a thread that is left behind
     return f"{query}: the capital is Lima."
 
 
 @tool
 async def later(query: str) -> str:
     """Finds a passage, later."""
-    await asyncio.sleep(1.0 if query == "slow" else 0.0)
+    await asyncio.sleep(20 if query == "slow" else 0.0)
     return f"later {query}"
 
 
@@ -236,7 +236,8 @@ def test_text_behind_a_turn():
 )
 def test_a_call_that_brings_nothing_is_shown_and_flagged(name, arguments, error, text):
     turn = "<tool_call>" + json.dumps({"name": name, "arguments": arguments}) + "</tool_call>"
-    _, [(observation, reward, done)], state = play(make_env(HERMES, call_timeout=0.2), [turn])
+    env = make_env(HERMES, call_timeout=0.2 if error == "timeout" else 60.0)
+    _, [(observation, reward, done)], state = play(env, [turn])
     assert text in observation and (reward, done) == (0.0, False) and state.errors == [error]
 
 
