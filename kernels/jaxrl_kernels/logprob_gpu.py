@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels.logprob_math import LOWEST, Options, logit_gradient, logits_of, shape_like
+from jaxrl_kernels.logprob_math import LOWEST, Options, join_parts, logit_gradient, logits_of, shape_like
 from jaxrl_kernels.tiles import dot
 
 TILE = 128
@@ -51,14 +51,9 @@ def forward(
         interpret=interpret,
     )(count, rows, head, *([] if bias is None else [bias]), targets)
     # rows of skipped tiles hold anything
-    normalizers = jnp.where(jnp.arange(num_rows) < count, normalizers, 0)
-    normalizer = jax.nn.logsumexp(normalizers, axis=0)
+    done = jnp.arange(num_rows) < count
     inside = (targets >= 0) & (targets < head.shape[options.vocab_axis])
-    picked = jnp.where(inside & (jnp.arange(num_rows) < count)[:, None], picked, 0)
-    if not options.with_mean:
-        return normalizer, jnp.zeros_like(normalizer), picked
-    share = jnp.exp(normalizers - normalizer)
-    return normalizer, jnp.sum(jnp.where(share > 0, share * means, 0), axis=0), picked
+    return *join_parts(options, normalizers, means, done), jnp.where(inside & done[:, None], picked, 0)
 
 
 def gradient_block(

@@ -3,11 +3,11 @@ the head is which."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 LOWEST = -1e30  # a peak before anything is seen: finite, as the difference of two infinities is no number
 
@@ -83,3 +83,23 @@ def varying_like(x: Array, like: Array) -> Array:
 def shape_like(shape: tuple[int, ...], dtype: jnp.dtype, like: Array) -> jax.ShapeDtypeStruct:
     """The type of a kernel's result that differs between devices where `like` does."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def pad_rows(x: Any, length: int) -> Any:
+    """Zeros up to `length` rows; None stays None."""
+    if x is None or x.shape[0] == length:
+        return x
+    return jnp.pad(x, [(0, length - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def join_parts(
+    options: Options, normalizers: Float[Array, "P N"], means: Float[Array, "P N"], inside: Bool[Array, "N"]
+) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """Normalizer and mean logit of a row from those of the parts of the vocabulary; any number where not `inside`,
+    whatever stands there."""
+    normalizers = jnp.where(inside, normalizers, 0)
+    normalizer = jax.nn.logsumexp(normalizers, axis=0)
+    if not options.with_mean:
+        return normalizer, jnp.zeros_like(normalizer)
+    share = jnp.exp(normalizers - normalizer)
+    return normalizer, jnp.sum(jnp.where(share > 0, share * means, 0), axis=0)

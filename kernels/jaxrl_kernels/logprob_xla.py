@@ -34,6 +34,7 @@ from jaxrl_kernels.logprob_math import (
     Options,
     logit_gradient,
     logits_of,
+    pad_rows,
     slice_head,
     start_of,
     varying_like,
@@ -131,7 +132,7 @@ def _over_rows(block: Callable, *arrays: Array, count: Count, size: int) -> Any:
     """`block` of some rows of all `arrays` at a time, until `count` rows are done; 0 beyond them."""
     num_rows = arrays[0].shape[0]
     size, num_blocks = _divide(num_rows, size)
-    arrays = tuple(_pad_rows(x, size * num_blocks) for x in arrays)
+    arrays = tuple(pad_rows(x, size * num_blocks) for x in arrays)
 
     def cut(i):
         return [jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in arrays]
@@ -165,7 +166,7 @@ def backward(
     """
     num_rows, vocab, axis = rows.shape[0], head.shape[options.vocab_axis], options.vocab_axis
     (row_size, num_row_blocks), vocab_size = _divide(num_rows, sizes[0]), min(sizes[1], vocab)
-    by_row = [_pad_rows(x, row_size * num_row_blocks) for x in (rows, targets, *statistics, *cotangents)]
+    by_row = [pad_rows(x, row_size * num_row_blocks) for x in (rows, targets, *statistics, *cotangents)]
     inside = jnp.arange(row_size * num_row_blocks) < (num_rows if count is None else count)
     by_row[2] = jnp.where(inside, by_row[2], jnp.inf)  # a row beyond has no weights
 
@@ -237,13 +238,6 @@ def gradient_block(
     grad = logit_gradient(logits, normalizer[:, None], mean[:, None], to_normalizer[:, None], column)
     grad += jnp.sum(jnp.where(targets[:, :, None] == columns, to_picked[:, :, None], 0), axis=1)
     return jnp.where(columns >= seen, grad * slope, 0)
-
-
-def _pad_rows(x: Any, length: int) -> Any:
-    """Zeros up to `length` rows; None stays None."""
-    if x is None or x.shape[0] == length:
-        return x
-    return jnp.pad(x, [(0, length - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
 def _blocks_of(count: Count, size: int, num_blocks: int) -> Int[Array, ""] | int:
