@@ -1,9 +1,9 @@
 """Log-probabilities of target tokens straight from hidden states, without ever holding all logits.
 
 What stands here is what no platform needs to know: which rows are needed, how shards of the vocabulary are joined, and
-the derivative. A version (`logprob_xla`, `logprob_tpu`, `logprob_gpu`) gives three numbers per row of the logits z of
-its own part of the vocabulary: the log of the softmax normalizer, the mean logit under the softmax, and the targets'
-logits. Log-prob and entropy are differences of them, and everything from there on is left to JAX.
+the derivative. A version (`logprob_xla`, `logprob_tpu`, `logprob_gpu`, `logprob_hopper`) gives three numbers per row of
+the logits z of its own part of the vocabulary: the log of the softmax normalizer, the mean logit under the softmax, and
+the targets' logits. Log-prob and entropy are differences of them, and everything from there on is left to JAX.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_kernels import logprob_gpu, logprob_tpu, logprob_xla
+from jaxrl_kernels import logprob_gpu, logprob_hopper, logprob_tpu, logprob_xla
 from jaxrl_kernels.dispatch import choose
 from jaxrl_kernels.logprob_math import LOWEST, Options, logits_of, varying_like
 from jaxrl_kernels.logprob_math import soft_cap as soft_cap
@@ -61,7 +61,8 @@ def fused_logprob(
         global. (Pad a vocabulary that does not divide with a bias of minus infinity.)
       layout: "VD" or "DV", for a square head.
       implementation: None (the platform decides, when the program is lowered), "xla", "pallas_tpu", "pallas_gpu",
-        "reference" (plain, holds all logits), or "interpret_tpu", "interpret_gpu" (the Pallas kernels on a CPU).
+        "mosaic_gpu" (Hopper), "reference" (plain, holds all logits), or "interpret_tpu", "interpret_gpu",
+        "interpret_mosaic" (the Pallas kernels on a CPU).
 
     Returns:
       float32 log-probs in the shape of targets; with `with_entropy` a pair of them and the entropy [N].
@@ -233,11 +234,14 @@ def _statistics(call, hidden, head, bias, ids, needed):
 
 def _forward(call, hidden, head, bias, ids, needed):
     moved = _Moved(needed)
+    refusal = logprob_hopper.refusal(call.options, hidden, head)
     version = choose(
         call.implementation,
         cpu=functools.partial(logprob_xla.forward, call.options),
         tpu=functools.partial(logprob_tpu.forward, call.options),
         gpu=functools.partial(logprob_gpu.forward, call.options),
+        hopper=refusal or functools.partial(logprob_hopper.forward, call.options),
+        interpret_mosaic=refusal or functools.partial(logprob_hopper.forward, call.options, interpret=True),
         interpret_tpu=functools.partial(logprob_tpu.forward, call.options, interpret=True),
         interpret_gpu=functools.partial(logprob_gpu.forward, call.options, interpret=True),
     )
@@ -271,11 +275,15 @@ def _gradients(call, hidden, head, bias, ids, needed, statistics, cotangents):
     def driver(block, sizes, **kwargs):
         return functools.partial(logprob_xla.backward, call.options, functools.partial(block, **kwargs), sizes)
 
+    hopper, sizes = logprob_hopper.gradient_block, logprob_hopper.BACKWARD_SIZES
+    refusal = logprob_hopper.refusal(call.options, hidden, head)
     version = choose(
         call.implementation,
         cpu=driver(logprob_xla.gradient_block, logprob_xla.CPU_SIZES),
         tpu=driver(logprob_tpu.gradient_block, logprob_tpu.BACKWARD_SIZES),
         gpu=driver(logprob_gpu.gradient_block, logprob_gpu.BACKWARD_SIZES),
+        hopper=refusal or driver(hopper, sizes),
+        interpret_mosaic=refusal or driver(hopper, sizes, interpret=True),
         interpret_tpu=driver(logprob_tpu.gradient_block, logprob_tpu.BACKWARD_SIZES, interpret=True),
         interpret_gpu=driver(logprob_gpu.gradient_block, logprob_gpu.BACKWARD_SIZES, interpret=True),
     )

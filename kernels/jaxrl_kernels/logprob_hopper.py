@@ -32,18 +32,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels.logprob_math import LOWEST, Options, join_parts, logit_gradient, logits_of, pad_rows, shape_like
+from jaxrl_kernels.logprob_math import LOWEST, Options, join_parts, logit_gradient, logits_of, pad_rows, varying_like
 
 ROWS, ENTRIES, DEPTH = 128, 256, 64  # of a tile, and how deep a piece of it is: a swizzle of 128 bytes
 HALF = ROWS // 2  # rows of a warpgroup
 STAGES = 4  # buffers of rows and head: 192 of the 227 KiB of shared memory
 OUT_ENTRIES = 64  # of the gradient on its way out
 GROUP = 16  # blocks of rows that walk along the vocabulary together
-MULTIPROCESSORS = 132  # of an H100 or H200
+BLOCKS = 8 * 132  # of the grid, about: 8 for each multiprocessor of an H100 or H200
 BACKWARD_SIZES = 8192, 8192  # rows and entries of a gradient in memory: 128 MiB
 
 
-def unfit(options: Options, rows: Any, head: Any) -> str | None:
+def refusal(options: Options, rows: Any, head: Any) -> str | None:
     """Why this version cannot serve a call; None where it can."""
     if rows.dtype != head.dtype or rows.dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs hidden and head both in bfloat16 or both in float16, got {rows.dtype} and {head.dtype}"
@@ -61,17 +61,17 @@ def forward(
     targets: Int[Array, "N K"],
     count: Int[Array, ""] | None,
     *,
-    interpret: Any = None,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N K"]]:
     """As `logprob_xla.forward`."""
     (num_rows, num_targets), vocab = targets.shape, head.shape[options.vocab_axis]
     num_parts, long = _shares(num_rows, vocab)[1], pl.cdiv(num_rows, ROWS) * ROWS
-    by_part = shape_like((num_parts, long), jnp.float32, rows)
+    by_part = jax.ShapeDtypeStruct((num_parts, long), jnp.float32)
     normalizers, means, picked = _call(
-        functools.partial(_forward_kernel, options, bias is not None, vocab, interpret),
+        functools.partial(_forward_kernel, bias is not None),
         options,
         (rows, head),
-        [by_part, by_part, shape_like((num_parts, num_targets, long), jnp.float32, rows)],
+        [by_part, by_part, jax.ShapeDtypeStruct((num_parts, num_targets, long), jnp.float32)],
         jnp.full(1, num_rows, jnp.int32) if count is None else count[None].astype(jnp.int32),
         *_entries(bias),
         pad_rows(targets, long).T,
@@ -97,17 +97,17 @@ def gradient_block(
     to_picked: Float[Array, "n K"],
     seen: Int[Array, ""] | int,
     *,
-    interpret: Any = None,
+    interpret: Any = False,
 ) -> Float[Array, "n v"]:
     """As `logprob_xla.gradient_block`, in the dtype of rows and head."""
     num_rows, vocab = rows.shape[0], piece.shape[options.vocab_axis]
     long, wide = pl.cdiv(num_rows, ROWS) * ROWS, pl.cdiv(vocab, ENTRIES) * ENTRIES
     numbers = normalizer, to_normalizer, *(() if to_mean is None else (mean, to_mean))
     (out,) = _call(
-        functools.partial(_gradient_kernel, options, bias is not None, interpret),
+        functools.partial(_gradient_kernel, bias is not None),
         options,
         (rows, piece),
-        [shape_like((long, wide), rows.dtype, rows)],
+        [jax.ShapeDtypeStruct((long, wide), rows.dtype)],
         jnp.asarray(seen, jnp.int32)[None],
         *_entries(bias),
         *(pad_rows(x, long).T for x in (targets, to_picked)),
@@ -119,10 +119,17 @@ def gradient_block(
     return out[:num_rows, :vocab]
 
 
+def _interpreter() -> Any:
+    """Beyond an array stand zeros, as TMA reads them."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+
+
 def _shares(num_rows: int, vocab: int) -> tuple[int, int]:
     """Tiles in one share of the vocabulary, and the number of shares."""
     tiles = pl.cdiv(vocab, ENTRIES)
-    length = pl.cdiv(tiles, min(tiles, pl.cdiv(8 * MULTIPROCESSORS, pl.cdiv(num_rows, ROWS))))
+    length = pl.cdiv(tiles, min(tiles, pl.cdiv(BLOCKS, pl.cdiv(num_rows, ROWS))))
     return length, pl.cdiv(tiles, length)
 
 
@@ -146,12 +153,14 @@ def _call(
     **scratch: Any,
 ) -> Any:
     rows, head = operands
+    if interpret and options.vocab_axis == 0:  # the interpreter of JAX 0.10 knows no transposed operand
+        options, head = options._replace(vocab_axis=1), head.T
     rows = pad_rows(rows, pl.cdiv(rows.shape[0], 8) * 8)
     dtype, transforms = rows.dtype, _swizzled(rows.dtype)
     piece = (ENTRIES, DEPTH) if options.vocab_axis == 0 else (DEPTH, ENTRIES)
     num_blocks = pl.cdiv(rows.shape[0], ROWS)
-    return plgpu.kernel(
-        kernel,
+    numbers = plgpu.kernel(
+        functools.partial(kernel, options, interpret),
         out_type=out_type,
         grid=(num_blocks * _shares(rows.shape[0], head.shape[options.vocab_axis])[1],),
         grid_names=("block",),
@@ -170,22 +179,25 @@ def _call(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
         kernel_name=name,
-        interpret=interpret,
+        interpret=_interpreter() if interpret is True else interpret or None,
     )(rows, head, *arrays)
+    return [varying_like(x, rows) for x in numbers]  # Mosaic's kernels lose it
 
 
-def _forward_kernel(options, biased, vocab, interpret, rows, head, count, *refs, **ring):
+def _forward_kernel(biased, options, interpret, rows, head, count, *refs, **ring):
     bias = refs[0] if biased else None
     targets, normalizer, mean, picked = refs[biased:]
+    vocab = head.shape[options.vocab_axis]
     row, part, first, num_tiles = _place(rows, vocab)
     here, shape = pl.ds(row + _warpgroup() * HALF, HALF), (HALF, ENTRIES)
 
     def pick(entry, logits, columns):
         def body(k, _):
             target = _load(targets.at[k, here], interpret)
-            found = jnp.sum(jnp.where(columns + entry == _down(target, shape), logits, 0.0), axis=1)
-            earlier, ours = (target >= first) & (target < entry), (target >= entry) & (target < vocab)
-            picked[part, k, here] = jnp.where(ours, found, jnp.where(earlier, _load(picked.at[part, k, here], interpret), 0.0))
+            found = jnp.sum(jnp.where(columns == _down(target, shape), logits, 0.0), axis=1)
+            ours, earlier = (target >= entry) & (target < vocab), (target >= first) & (target < entry)
+            old = _load(picked.at[part, k, here], interpret)
+            picked[part, k, here] = jnp.where(ours, found, jnp.where(earlier, old, 0.0))
 
         jax.lax.fori_loop(0, targets.shape[0], body, None)
 
@@ -196,8 +208,8 @@ def _forward_kernel(options, biased, vocab, interpret, rows, head, count, *refs,
     def reduce(entry, products, carry):
         peak, sums, moment = carry
         logits, _ = _logits(options, products, bias, entry, interpret)
-        columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        logits = jnp.where(columns < vocab - entry, logits, -jnp.inf)
+        columns = entry + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        logits = jnp.where(columns < vocab, logits, -jnp.inf)
         pick(entry, logits, columns)
         new = jnp.maximum(peak, jnp.max(logits, axis=1))
         shrink, weights = jnp.exp(peak - new), jnp.exp(logits - _down(new, shape))
@@ -217,37 +229,43 @@ def _forward_kernel(options, biased, vocab, interpret, rows, head, count, *refs,
         _walk(options, rows, head, row, first, num_tiles, start, reduce, finish, **ring)
 
 
-def _gradient_kernel(options, biased, interpret, rows, head, seen, *refs, out, **ring):
+def _gradient_kernel(biased, options, interpret, rows, head, seen, *refs, out, **ring):
     bias = refs[0] if biased else None
     targets, to_picked, *numbers, grads = refs[biased:]
-    row, _, *share = _place(rows, head.shape[options.vocab_axis])
-    mine, shape = _warpgroup(), (HALF, ENTRIES)
+    row, _, first, num_tiles = _place(rows, head.shape[options.vocab_axis])
+    mine, shape = _warpgroup(), (HALF, OUT_ENTRIES)
     here = pl.ds(row + mine * HALF, HALF)
 
     def start():
         return [_load(ref.at[here], interpret) for ref in numbers]
 
-    def reduce(entry, products, carry):
+    def gradient(entry, products, carry):
         normalizer, to_normalizer, *of_mean = (_down(x, shape) for x in carry)
         mean, to_mean = of_mean if of_mean else (None, None)
         logits, slope = _logits(options, products, bias, entry, interpret)
         grad = logit_gradient(logits, normalizer, mean, to_normalizer, to_mean)
-        columns = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        columns = entry + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
         def add(k, grad):
-            place, weight = (_load(ref.at[k, here], interpret) for ref in (targets, to_picked))
-            return grad + jnp.where(columns + entry == _down(place, shape), _down(weight, shape), 0.0)
+            target, weight = (_load(ref.at[k, here], interpret) for ref in (targets, to_picked))
+            return grad + jnp.where(columns == _down(target, shape), _down(weight, shape), 0.0)
 
         grad = jax.lax.fori_loop(0, targets.shape[0], add, grad)
-        grad = jnp.where(columns >= seen[0] - entry, grad * slope, 0.0).astype(out.dtype)
-        for column in range(0, ENTRIES, OUT_ENTRIES):
+        return jnp.where(columns >= seen[0], grad * slope, 0.0)
+
+    def reduce(entry, products, carry):
+        for column in range(0, ENTRIES, OUT_ENTRIES):  # a whole tile of several numbers would fill the registers
+            grad = gradient(entry + column, products[:, column : column + OUT_ENTRIES], carry)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out[mine] = grad[:, column : column + OUT_ENTRIES]
+            out[mine] = grad.astype(out.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out.at[mine], grads.at[here, pl.ds(entry + column, OUT_ENTRIES)])
         return carry
 
-    _walk(options, rows, head, row, *share, start, reduce, lambda _: plgpu.wait_smem_to_gmem(0), **ring)
+    def finish(_):
+        plgpu.wait_smem_to_gmem(0)
+
+    _walk(options, rows, head, row, first, num_tiles, start, reduce, finish, **ring)
 
 
 def _walk(options, rows, head, row, first, num_tiles, start, reduce, finish, *, row_pieces, head_pieces, full, empty):
@@ -267,11 +285,11 @@ def _walk(options, rows, head, row, first, num_tiles, start, reduce, finish, *, 
             here = slot(step)
 
             @pl.when(step >= STAGES)
-            def _():
+            def wait():
                 plgpu.barrier_wait(empty.at[here])
 
             @pl.when(step < num_tiles * depth)
-            def _():
+            def fill():
                 tile = jax.lax.div(step, jnp.int32(depth))
                 deep, entries = pl.ds((step - tile * depth) * DEPTH, DEPTH), pl.ds(first + tile * ENTRIES, ENTRIES)
                 piece = head.at[entries, deep] if options.vocab_axis == 0 else head.at[deep, entries]
@@ -295,7 +313,7 @@ def _walk(options, rows, head, row, first, num_tiles, start, reduce, finish, *, 
                     plgpu.wgmma_wait(1)  # all but this one are done
 
                     @pl.when(deep > 0)
-                    def _():
+                    def free():
                         plgpu.barrier_arrive(empty.at[slot(tile * depth + deep - 1)])
 
                 jax.lax.fori_loop(0, depth, body, None)
@@ -323,7 +341,8 @@ def _warpgroup():
 
 def _logits(options, products, bias, entry, interpret):
     if bias is not None:
-        bias = jax.lax.broadcast_in_dim(_load(bias.at[pl.ds(entry, ENTRIES)], interpret), products.shape, [1])
+        bias = _load(bias.at[pl.ds(entry, products.shape[1])], interpret)
+        bias = jax.lax.broadcast_in_dim(bias, products.shape, [1])
     return logits_of(products, bias, options)
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_kernels import logprob_gpu, logprob_tpu, logprob_xla
+from jaxrl_kernels import logprob_gpu, logprob_hopper, logprob_tpu, logprob_xla
 from jaxrl_kernels.dispatch import export_for
 from jaxrl_kernels.logprob import fused_logprob, fused_top_k
 from jaxrl_kernels.logprob_math import Options
@@ -100,7 +100,7 @@ def small_blocks(monkeypatch):
     """Several blocks of rows and of the vocabulary in every version, without large arrays."""
     monkeypatch.setattr(logprob_xla, "CPU_SIZES", (64, 96))
     monkeypatch.setattr(logprob_tpu, "BLOCK", 128)
-    for module in (logprob_tpu, logprob_gpu):
+    for module in (logprob_tpu, logprob_gpu, logprob_hopper):
         monkeypatch.setattr(module, "BACKWARD_SIZES", (160, 256))
 
 
@@ -135,6 +135,21 @@ def test_rows_that_are_not_needed_are_never_read(implementation, share, small_bl
     for got, expected in zip(jax.tree.leaves(results), jax.tree.leaves(run(arrays, **options)), strict=True):
         np.testing.assert_array_equal(got, expected)
         assert share or not np.any(got)
+
+
+def test_hopper_with_everything(small_blocks):
+    """Tiles [128, 256] that neither rows nor vocabulary fill, two shares of the vocabulary, and blocks of the gradient
+    that overlap."""
+    arrays = make(200, 320, 128, num_targets=3, bias=True, needed=0.8, dtype=jnp.bfloat16)
+    options = dict(layout="DV", temperature=0.7, softcap=2.0, implementation="interpret_mosaic")
+    check(arrays, tolerance=BFLOAT16, **options)
+
+
+def test_hopper_with_one_target(monkeypatch):
+    """Several tiles in one share of the vocabulary, which carry on each other's sums."""
+    monkeypatch.setattr(logprob_hopper, "BLOCKS", 1)
+    arrays = make(70, 600, 64, dtype=jnp.float16)
+    check(arrays, tolerance=BFLOAT16 / 8, entropy=False, implementation="interpret_mosaic")  # three bits more
 
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret_tpu", "interpret_gpu"])
@@ -268,6 +283,22 @@ def test_lowers_with_the_kernel_of_the_platform(platform, call, layout):
     assert call in export_for(platform, jax.grad(loss, (0, 1)), hidden, head, targets, needed).mlir_module()
 
 
+@pytest.mark.parametrize(("layout", "softcap"), [("VD", None), ("DV", 30.0)])
+def test_lowers_the_hopper_kernels_by_name(layout, softcap):
+    """At a real shape: Mosaic decides on registers and shared memory, and on how wgmma reads the head, as it lowers."""
+    head = (152064, 3584)[:: 1 if layout == "VD" else -1]
+    shapes = [((16384, 3584), jnp.bfloat16), (head, jnp.bfloat16), ((16384,), jnp.int32), ((152064,), jnp.float32)]
+
+    def loss(hidden, head, targets, bias):
+        options = dict(bias=bias, softcap=softcap, with_entropy=True, implementation="mosaic_gpu")
+        logprobs, entropy = fused_logprob(hidden, head, targets, **options)
+        return jnp.sum(logprobs) + jnp.sum(entropy)
+
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    text = export_for("cuda", jax.grad(loss, (0, 1)), *arrays).mlir_module()
+    assert text.count("@mosaic_gpu_v2(") == 2 and "triton" not in text
+
+
 def test_all_logits_never_exist():
     """Forward and backward pass together hold a hundredth of one [N, V] array beyond arguments and results."""
     rows, width, vocab = 16384, 8, 65536
@@ -324,6 +355,7 @@ def test_empty():
         ({"softcap": -1.0}, "softcap must be positive, got -1.0"),
         ({"implementation": "magic"}, 'implementation must be None or one of "xla"'),
         ({"implementation": "pallas_tpu"}, "runs on tpu only"),
+        ({"implementation": "mosaic_gpu"}, "cannot serve this call: needs hidden and head both in bfloat16 or"),
     ],
 )
 def test_says_what_does_not_fit(change, message):
