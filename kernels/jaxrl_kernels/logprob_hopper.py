@@ -33,8 +33,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxrl_kernels.logprob_math import LOWEST, Options, join_parts, logit_gradient, logits_of, pad_rows, varying_like
+from jaxrl_kernels.tiles_hopper import launch, produce, read, shared, spread
 
-ROWS, ENTRIES, DEPTH = 128, 256, 64  # of a tile, and how deep a piece of it is: a swizzle of 128 bytes
+ROWS, ENTRIES, DEPTH = 128, 256, 64  # of a tile, and of the pieces that its product is the sum of
 HALF = ROWS // 2  # rows of a warpgroup
 STAGES = 4  # buffers of rows and head: 192 of the 227 KiB of shared memory
 OUT_ENTRIES = 64  # of the gradient on its way out
@@ -61,7 +62,7 @@ def forward(
     targets: Int[Array, "N K"],
     count: Int[Array, ""] | None,
     *,
-    interpret: Any = False,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N K"]]:
     """As `logprob_xla.forward`."""
     (num_rows, num_targets), vocab = targets.shape, head.shape[options.vocab_axis]
@@ -97,7 +98,7 @@ def gradient_block(
     to_picked: Float[Array, "n K"],
     seen: Int[Array, ""] | int,
     *,
-    interpret: Any = False,
+    interpret: bool = False,
 ) -> Float[Array, "n v"]:
     """As `logprob_xla.gradient_block`, in the dtype of rows and head."""
     num_rows, vocab = rows.shape[0], piece.shape[options.vocab_axis]
@@ -112,18 +113,11 @@ def gradient_block(
         *_entries(bias),
         *(pad_rows(x, long).T for x in (targets, to_picked)),
         *(pad_rows(x, long) for x in numbers),
-        out=plgpu.SMEM((2, HALF, OUT_ENTRIES), rows.dtype, transforms=_swizzled(rows.dtype)),
+        out=shared(2, HALF, OUT_ENTRIES, dtype=rows.dtype),
         name="fused_logprob_gradient",
         interpret=interpret,
     )
     return out[:num_rows, :vocab]
-
-
-def _interpreter() -> Any:
-    """Beyond an array stand zeros, as TMA reads them."""
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
 
 
 def _shares(num_rows: int, vocab: int) -> tuple[int, int]:
@@ -137,11 +131,6 @@ def _entries(bias: Array | None) -> list[Array]:
     return [] if bias is None else [pad_rows(bias, pl.cdiv(bias.shape[0], ENTRIES) * ENTRIES)]
 
 
-def _swizzled(dtype: Any) -> tuple[Any, Any]:
-    """How 64 numbers of 16 bits, a row of a piece, lie in shared memory."""
-    return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-
-
 def _call(
     kernel: Callable,
     options: Options,
@@ -149,54 +138,51 @@ def _call(
     out_type: list[jax.ShapeDtypeStruct],
     *arrays: Array,
     name: str,
-    interpret: Any,
+    interpret: bool,
     **scratch: Any,
 ) -> Any:
-    rows, head = operands
-    if interpret and options.vocab_axis == 0:  # the interpreter of JAX 0.10 knows no transposed operand
-        options, head = options._replace(vocab_axis=1), head.T
-    rows = pad_rows(rows, pl.cdiv(rows.shape[0], 8) * 8)
-    dtype, transforms = rows.dtype, _swizzled(rows.dtype)
-    piece = (ENTRIES, DEPTH) if options.vocab_axis == 0 else (DEPTH, ENTRIES)
-    num_blocks = pl.cdiv(rows.shape[0], ROWS)
-    numbers = plgpu.kernel(
-        functools.partial(kernel, options, interpret),
+    (rows, head), axis = operands, options.vocab_axis
+    num_rows, vocab = rows.shape[0], head.shape[axis]
+    num_blocks, num_parts = pl.cdiv(num_rows, ROWS), _shares(num_rows, vocab)[1]
+    rows = pad_rows(rows, pl.cdiv(num_rows, 8) * 8)
+    if interpret:  # JAX 0.10's knows neither transposed operands nor that TMA reads zeros beyond an array
+        head = pad_rows(head.T if axis == 1 else head, pl.cdiv(vocab, ENTRIES) * ENTRIES).T
+        rows, axis = pad_rows(rows, num_blocks * ROWS), 1
+    piece = (ENTRIES, DEPTH) if axis == 0 else (DEPTH, ENTRIES)
+    numbers = launch(
+        functools.partial(kernel, options._replace(vocab_axis=axis), vocab, interpret),
         out_type=out_type,
-        grid=(num_blocks * _shares(rows.shape[0], head.shape[options.vocab_axis])[1],),
+        grid=(num_blocks * num_parts,),
         grid_names=("block",),
         num_threads=3,
-        thread_name="warpgroup",
         scratch_types=dict(
-            row_pieces=plgpu.SMEM((STAGES, ROWS, DEPTH), dtype, transforms=transforms),
-            head_pieces=plgpu.SMEM((STAGES, *piece), dtype, transforms=transforms),
+            row_pieces=shared(STAGES, ROWS, DEPTH, dtype=rows.dtype),
+            head_pieces=shared(STAGES, *piece, dtype=rows.dtype),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             **scratch,
         ),
-        compiler_params=plgpu.CompilerParams(
-            # an approximate tanh has 11 bits; an approximate exponential has 22
-            approx_math=options.softcap is None,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        ),
+        # an approximate tanh has 11 bits; an approximate exponential has 22
+        approx_math=options.softcap is None,
+        semantics=plgpu.LoweringSemantics.Warpgroup,
         kernel_name=name,
-        interpret=_interpreter() if interpret is True else interpret or None,
+        interpret=interpret,
     )(rows, head, *arrays)
     return [varying_like(x, rows) for x in numbers]  # Mosaic's kernels lose it
 
 
-def _forward_kernel(biased, options, interpret, rows, head, count, *refs, **ring):
+def _forward_kernel(biased, options, vocab, interpret, rows, head, count, *refs, **ring):
     bias = refs[0] if biased else None
     targets, normalizer, mean, picked = refs[biased:]
-    vocab = head.shape[options.vocab_axis]
     row, part, first, num_tiles = _place(rows, vocab)
     here, shape = pl.ds(row + _warpgroup() * HALF, HALF), (HALF, ENTRIES)
 
     def pick(entry, logits, columns):
         def body(k, _):
-            target = _load(targets.at[k, here], interpret)
-            found = jnp.sum(jnp.where(columns == _down(target, shape), logits, 0.0), axis=1)
+            target = read(targets.at[k, here], interpret)
+            found = jnp.sum(jnp.where(columns == spread(target, shape, 0), logits, 0.0), axis=1)
             ours, earlier = (target >= entry) & (target < vocab), (target >= first) & (target < entry)
-            old = _load(picked.at[part, k, here], interpret)
+            old = read(picked.at[part, k, here], interpret)
             picked[part, k, here] = jnp.where(ours, found, jnp.where(earlier, old, 0.0))
 
         jax.lax.fori_loop(0, targets.shape[0], body, None)
@@ -212,7 +198,7 @@ def _forward_kernel(biased, options, interpret, rows, head, count, *refs, **ring
         logits = jnp.where(columns < vocab, logits, -jnp.inf)
         pick(entry, logits, columns)
         new = jnp.maximum(peak, jnp.max(logits, axis=1))
-        shrink, weights = jnp.exp(peak - new), jnp.exp(logits - _down(new, shape))
+        shrink, weights = jnp.exp(peak - new), jnp.exp(logits - spread(new, shape, 0))
         sums = sums * shrink + jnp.sum(weights, axis=1)
         if options.with_mean:
             moment = moment * shrink + jnp.sum(jnp.where(weights > 0, weights * logits, 0.0), axis=1)
@@ -229,26 +215,26 @@ def _forward_kernel(biased, options, interpret, rows, head, count, *refs, **ring
         _walk(options, rows, head, row, first, num_tiles, start, reduce, finish, **ring)
 
 
-def _gradient_kernel(biased, options, interpret, rows, head, seen, *refs, out, **ring):
+def _gradient_kernel(biased, options, vocab, interpret, rows, head, seen, *refs, out, **ring):
     bias = refs[0] if biased else None
     targets, to_picked, *numbers, grads = refs[biased:]
-    row, _, first, num_tiles = _place(rows, head.shape[options.vocab_axis])
+    row, _, first, num_tiles = _place(rows, vocab)
     mine, shape = _warpgroup(), (HALF, OUT_ENTRIES)
     here = pl.ds(row + mine * HALF, HALF)
 
     def start():
-        return [_load(ref.at[here], interpret) for ref in numbers]
+        return [read(ref.at[here], interpret) for ref in numbers]
 
     def gradient(entry, products, carry):
-        normalizer, to_normalizer, *of_mean = (_down(x, shape) for x in carry)
+        normalizer, to_normalizer, *of_mean = (spread(x, shape, 0) for x in carry)
         mean, to_mean = of_mean if of_mean else (None, None)
         logits, slope = _logits(options, products, bias, entry, interpret)
         grad = logit_gradient(logits, normalizer, mean, to_normalizer, to_mean)
         columns = entry + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
         def add(k, grad):
-            target, weight = (_load(ref.at[k, here], interpret) for ref in (targets, to_picked))
-            return grad + jnp.where(columns == _down(target, shape), _down(weight, shape), 0.0)
+            target, weight = (read(ref.at[k, here], interpret) for ref in (targets, to_picked))
+            return grad + jnp.where(columns == spread(target, shape, 0), spread(weight, shape, 0), 0.0)
 
         grad = jax.lax.fori_loop(0, targets.shape[0], add, grad)
         return jnp.where(columns >= seen[0], grad * slope, 0.0)
@@ -281,22 +267,14 @@ def _walk(options, rows, head, row, first, num_tiles, start, reduce, finish, *, 
     def copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        def body(step, _):
-            here = slot(step)
+        def pieces(step, here):
+            tile = jax.lax.div(step, jnp.int32(depth))
+            deep, entries = pl.ds((step - tile * depth) * DEPTH, DEPTH), pl.ds(first + tile * ENTRIES, ENTRIES)
+            piece = head.at[entries, deep] if options.vocab_axis == 0 else head.at[deep, entries]
+            plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, ROWS), deep], row_pieces.at[here], full.at[here])
+            plgpu.copy_gmem_to_smem(piece, head_pieces.at[here], full.at[here])
 
-            @pl.when(step >= STAGES)
-            def wait():
-                plgpu.barrier_wait(empty.at[here])
-
-            @pl.when(step < num_tiles * depth)
-            def fill():
-                tile = jax.lax.div(step, jnp.int32(depth))
-                deep, entries = pl.ds((step - tile * depth) * DEPTH, DEPTH), pl.ds(first + tile * ENTRIES, ENTRIES)
-                piece = head.at[entries, deep] if options.vocab_axis == 0 else head.at[deep, entries]
-                plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, ROWS), deep], row_pieces.at[here], full.at[here])
-                plgpu.copy_gmem_to_smem(piece, head_pieces.at[here], full.at[here])
-
-        jax.lax.fori_loop(0, num_tiles * depth + STAGES, body, None)
+        produce(num_tiles * depth, STAGES, (pieces, empty))
 
     @pl.when(mine < 2)
     def multiply():
@@ -341,16 +319,6 @@ def _warpgroup():
 
 def _logits(options, products, bias, entry, interpret):
     if bias is not None:
-        bias = _load(bias.at[pl.ds(entry, products.shape[1])], interpret)
+        bias = read(bias.at[pl.ds(entry, products.shape[1])], interpret)
         bias = jax.lax.broadcast_in_dim(bias, products.shape, [1])
     return logits_of(products, bias, options)
-
-
-def _load(ref, interpret):
-    """Numbers from the GPU's memory; the interpreter knows plain reading only."""
-    return ref[...] if interpret else plgpu.load(ref, (), optimized=False)
-
-
-def _down(x, shape):
-    """A number for each row, in every column."""
-    return jax.lax.broadcast_in_dim(x, shape, [0])

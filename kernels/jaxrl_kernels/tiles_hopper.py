@@ -26,9 +26,17 @@ TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(0), plgpu.Layo
 # Layouts in registers: of a tile, of a row (an entry for each of its columns), and of a column.
 
 
-def launch(kernel: Callable[..., None], *, interpret: bool, **options: Any) -> Callable[..., Any]:
-    """`plgpu.kernel`, whose warpgroups ask for their index as "warpgroup"; with `interpret` on a CPU, for tests."""
-    parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+def launch(
+    kernel: Callable[..., None],
+    *,
+    interpret: bool,
+    approx_math: bool = True,
+    semantics: Any = plgpu.LoweringSemantics.Lane,
+    **options: Any,
+) -> Callable[..., Any]:
+    """`plgpu.kernel`, whose warpgroups ask for their index as "warpgroup"; with `interpret` on a CPU, for tests.
+    Under the semantics of warpgroups Mosaic finds the layouts itself."""
+    parameters = plgpu.CompilerParams(approx_math=approx_math, lowering_semantics=semantics)
     interpreter = _interpreter() if interpret else False
     return plgpu.kernel(kernel, thread_name="warpgroup", compiler_params=parameters, interpret=interpreter, **options)
 
@@ -55,6 +63,11 @@ def places(shape: tuple[int, int], interpret: bool) -> Int[Array, "M N"]:
 def load(reference: Any, layout: Any, interpret: bool) -> Array:
     """A row or column from shared memory."""
     return reference[...] if interpret else plgpu.load(reference, (), layout=layout)
+
+
+def read(reference: Any, interpret: bool) -> Array:
+    """Numbers from the GPU's memory, where Mosaic finds their layout."""
+    return reference[...] if interpret else plgpu.load(reference, (), optimized=False)
 
 
 def products(

@@ -143,6 +143,9 @@ def test_hopper_with_everything(small_blocks):
     arrays = make(200, 320, 128, num_targets=3, bias=True, needed=0.8, dtype=jnp.bfloat16)
     options = dict(layout="DV", temperature=0.7, softcap=2.0, implementation="interpret_mosaic")
     check(arrays, tolerance=BFLOAT16, **options)
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    assert not gpu_callbacks.get_races().races_found
 
 
 def test_hopper_with_one_target(monkeypatch):
