@@ -25,6 +25,7 @@ from jaxrl_kernels.bench.timing import (
     least_work,
     size_of,
 )
+from jaxrl_kernels.dispatch import HOPPER, compute_capability
 from jaxrl_kernels.logprob import fused_logprob
 from jaxrl_kernels.policy_loss import fused_policy_loss
 from jaxrl_kernels.sampling import sample_tokens
@@ -32,7 +33,7 @@ from jaxrl_kernels.scan import discounted_scan
 
 OURS = "jaxrl_kernels"
 # Names by JAX's backend. The first is what the dispatch takes where a call has no other reason.
-VERSIONS = {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["pallas_tpu", "xla"]}
+VERSIONS = {"cpu": ["xla"], "gpu": ["mosaic_gpu", "pallas_gpu", "xla"], "tpu": ["pallas_tpu", "xla"]}
 KEY = 0
 
 
@@ -51,7 +52,10 @@ def our_versions(
     more: tuple[str, ...] = (),
 ) -> tuple[list[Alternative], dict[str, str]]:
     """Our kernel as dispatched, then by every version that this platform has; and the others with the reason."""
+    reasons = {"pallas_tpu": "runs on a TPU", "pallas_gpu": "runs on a GPU", "mosaic_gpu": "runs on a Hopper GPU"}
     here = VERSIONS[jax.default_backend()]
+    if compute_capability() != HOPPER:
+        here = [name for name in here if name != "mosaic_gpu"]
     named = [*here[1:], *more] if len(here) == 1 else [*here, *more]
     names: dict[str, str | None]
     names = {f"{OURS}: {here[0]} (dispatch)" if len(here) == 1 else f"{OURS}: dispatch": None}
@@ -60,7 +64,6 @@ def our_versions(
         alternative(label, make(name), arrays, cotangent, differentiated=differentiated, passes=passes)
         for label, name in names.items()
     ]
-    reasons = {"pallas_tpu": "runs on a TPU", "pallas_gpu": "runs on a GPU"}
     return entries, {f"{OURS}: {name}": reason for name, reason in reasons.items() if name not in here}
 
 
