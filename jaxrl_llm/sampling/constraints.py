@@ -289,16 +289,17 @@ def _without(automaton: Automaton, banned: Int[np.ndarray, "M"]) -> Automaton:
     that is reached."""
     sources, tokens, targets = automaton
     keep = ~np.isin(tokens, banned)
-    leaves = keep & (targets < 0)  # edges from whose target the automaton can be left
-    while True:
-        open_states = np.zeros(max(sources.max(), targets.max()) + 2, bool)  # one more: target -1 reads the last
-        open_states[sources[leaves]] = open_states[-1] = True
-        if (more := keep & open_states[targets]).sum() == leaves.sum():
-            break
-        leaves = more
-    if not open_states[0]:
+    size = max(sources.max(), targets.max()) + 2  # one more: target -1 reads the last, from which it is left
+    codes = np.unique(sources[keep] * size + targets[keep] + 1)
+    begins, ends = codes // size, codes % size - 1
+    leads_out = np.zeros(size, bool)
+    leads_out[-1] = True
+    while len(found := begins[leads_out[ends] & ~leads_out[begins]]):
+        leads_out[found] = True
+    if not leads_out[0]:
         raise ValueError(f"there is no way through an automaton without the banned tokens {banned.tolist()}")
-    return Automaton(sources[leaves], tokens[leaves], targets[leaves])
+    keep &= leads_out[targets]
+    return Automaton(sources[keep], tokens[keep], targets[keep])
 
 
 def _rounded(size: int) -> int:

@@ -47,21 +47,17 @@ def regex_automaton(pattern: str, tokenizer: Tokenizer, *, end: Sequence[int] | 
             spelled.setdefault(text, []).append(i)
     own_end = tokenizer.vocab_size  # the package wants a token of its own for the end; no token of ours has this id
     index = outlines_core.Index(pattern, outlines_core.Vocabulary(own_end, spelled))
-    found = index.get_transitions()
-    numbers: dict[int, int] = {index.get_initial_state(): 0}
-    for targets in found.values():
-        for target in targets.values():
-            numbers.setdefault(target, len(numbers))
-    sources, tokens, ends = np.array(
-        [
-            (numbers[source], token, numbers[target])
-            for source, targets in found.items()
-            for token, target in targets.items()
-            if token != own_end
-        ]
-    ).T
-    final = np.array([numbers[state] for state in index.get_final_states() if state in numbers], int)
-    return close_automaton(sources, tokens, ends, final, end)
+    edges = index.get_transitions()  # by state, then token
+    sources = np.repeat(list(edges), [len(targets) for targets in edges.values()])
+    tokens = np.fromiter((token for targets in edges.values() for token in targets), int)
+    targets = np.fromiter((target for targets in edges.values() for target in targets.values()), int)
+    sources, tokens, targets = (x[tokens != own_end] for x in (sources, tokens, targets))
+    # the package's numbers of states have gaps: the first state gets 0, the others what follows
+    first, final = index.get_initial_state(), list(index.get_final_states())
+    _, numbers = np.unique(np.concatenate([[first], sources, targets, final]), return_inverse=True)
+    numbers = np.where(numbers == numbers[0], 0, numbers + (numbers < numbers[0]))
+    _, sources, targets, last = np.split(numbers, np.cumsum([1, len(sources), len(targets)]))
+    return close_automaton(sources, tokens, targets, last, end)
 
 
 def json_schema_automaton(
@@ -75,7 +71,8 @@ def json_schema_automaton(
 
     Args:
       schema: as a dict. An unbounded string or array is a loop of few states, one with `maxLength` a state per
-        character: bounds cost memory, and of lengths and a pattern for one string only the pattern holds.
+        character: with a large vocabulary bounds cost memory, and seconds to compile. Of lengths and a pattern for one
+        string only the pattern holds.
       tokenizer, end: as for `regex_automaton`.
       whitespace: a pattern of what may stand between parts; default: at most one space. `""` allows none.
 

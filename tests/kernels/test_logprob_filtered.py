@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from jaxrl_kernels.logprob_filtered import filtered_logprob
 from jaxrl_kernels.sampling import filter_logits
@@ -16,6 +17,10 @@ def inputs():
     rng = np.random.default_rng(0)
     hidden, head = 0.3 * rng.normal(size=(N, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
     return hidden, head, rng.integers(0, V, N).astype(np.int32), rng.random(N) < 0.6
+
+
+def rows_of(table, states):
+    return table[states]
 
 
 def plain(logits, targets):
@@ -39,6 +44,30 @@ def test_are_renormalized(inputs, filters):
     # float32 logits of size 5 carry a rounding error of some 1e-6
     np.testing.assert_allclose(logprobs, np.where(needed, expected, 0), atol=2e-5)
     np.testing.assert_allclose(entropy, np.where(needed, expected_entropy, 0), atol=2e-5)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "min_p": 0.1}])
+def test_only_allowed_tokens(inputs, filters):
+    """Renormalized over what a row's state allows, before the filters; NaN for a target that it does not allow."""
+    hidden, head, targets, needed = inputs
+    table = np.random.default_rng(1).random((3, V)) < 0.5
+    states = np.arange(N) % 3
+    within = table[states, targets]
+    masked = jnp.where(table[states], hidden @ head.T, -jnp.inf)
+    expected, _ = plain(np.asarray(filter_logits(masked, keep=targets, **filters), np.float64), targets)
+    _, expected_entropy = plain(np.asarray(masked, np.float64), targets)
+    logprobs, entropy = filtered_logprob(
+        *(hidden, head, targets),
+        needed=needed,
+        chunk=CHUNK,
+        allowed=Partial(rows_of, table),
+        states=states,
+        **filters,
+    )
+    np.testing.assert_allclose(logprobs, np.where(needed, np.where(within, expected, np.nan), 0), atol=2e-5)
+    np.testing.assert_allclose(entropy, np.where(needed, expected_entropy, 0), atol=2e-5)
+    with pytest.raises(ValueError, match="allowed needs states: one for each of the 37 rows"):
+        filtered_logprob(hidden, head, targets, allowed=Partial(rows_of, table))
 
 
 def test_gradient_is_that_of_the_kept_tokens(inputs):

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from jaxrl_llm.sampling.constraints import allowed_tokens, constrain, next_states, start_states, token_trie
+from jaxrl_llm.sampling import constraints
+from jaxrl_llm.sampling.constraints import constrain, start_states, token_trie
 from jaxrl_llm.sampling.draw import draw_tokens
 from jaxrl_llm.types import Decoding
 from tests.sampling.worlds import VOCAB, ScriptedModel
@@ -21,6 +22,7 @@ SEQUENCES = [(1, 2, 3), (1, 2), (4,), (1, 5)]
 END = 9
 TRIE = token_trie(SEQUENCES, end=(END,))
 NUM_DRAWS = 100_000
+allowed_tokens, next_states = jax.jit(constraints.allowed_tokens), jax.jit(constraints.next_states)
 
 
 @partial(jax.jit, static_argnames="decoding")

@@ -55,13 +55,17 @@ def test_slots_and_window_do_not_matter(sampled, options):
     ids=str,
 )
 def test_recorded_logprobs_are_those_of_a_full_pass(decoding):
-    """Sampled under a temperature and filters, scored under the same: the first ratio is 1 on every token."""
+    """Sampled under a temperature and filters, scored under the same: the first ratio is 1 on every token.
+    Greedy decoding writes what a full pass finds most likely."""
     sampled = play(PARAMS, jax.random.key(2), decoding=decoding)
     logprobs, entropy = jax.jit(partial(score_rollout, MODEL, decoding=decoding))(PARAMS, sampled)
     # two orders of summation of float32 logits of size 30
     np.testing.assert_allclose(logprobs, sampled.logprobs, atol=1e-4)
     assert np.all(np.asarray(sampled.logprobs)[~np.asarray(sampled.mask)] == 0)
     assert np.all(np.asarray(entropy)[np.asarray(sampled.mask)] > 0)
+    if decoding.greedy:
+        best = jnp.argmax(jax.jit(MODEL.logits)(PARAMS, sampled.tokens[:, :-1]), axis=-1)
+        np.testing.assert_array_equal(jnp.where(sampled.mask[:, 1:], best - sampled.tokens[:, 1:], 0), 0)
     if decoding.filters:
         naive = jax.jit(MODEL.logits)(PARAMS, sampled.tokens[:, :-1]) / decoding.temperature
         naive = jnp.take_along_axis(jax.nn.log_softmax(naive), sampled.tokens[:, 1:, None], -1)[..., 0]
