@@ -68,6 +68,12 @@ class Decoding:
         "turn_mask",
         "truncated",
         "free_logprobs",
+        "versions",
+        "parent",
+        "fork_position",
+        "rollout_ids",
+        "row_of_episode",
+        "agent_ids",
     ],
     meta_fields=["decoding"],
 )
@@ -89,7 +95,14 @@ class Rollout:
     turn_mask: Bool[Array, "B K"]  # which turns took place
     truncated: Bool[Array, "B"]  # stopped by a limit of the sampler, not by the environment
     decoding: Decoding = Decoding()
+    # what only some samplers have to say; None elsewhere
     free_logprobs: Float[Array, "B T"] | None = None  # under a constraint: without it and without filters
+    versions: Int[Array, "B T"] | None = None  # of the parameters that a policy's token was drawn under, -1 elsewhere
+    parent: Int[Array, "B"] | None = None  # the row that a row was forked from, -1 for none
+    fork_position: Int[Array, "B"] | None = None  # tokens that it shares with its parent; 0 for none
+    rollout_ids: Int[Array, "B"] | None = None  # which episode a row is a piece of
+    row_of_episode: Int[Array, "B"] | None = None  # which piece, in order
+    agent_ids: Int[Array, "B"] | None = None  # which role wrote it
 
 
 @partial(

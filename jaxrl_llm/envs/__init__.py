@@ -9,7 +9,7 @@ from jaxrl_llm.envs.geography import (
     make_geography_env,
     make_geography_host_env,
 )
-from jaxrl_llm.envs.protocols import DeviceEnv, HostEnv
+from jaxrl_llm.envs.protocols import AgentsEnv, DeviceEnv, HostEnv
 from jaxrl_llm.envs.single_turn import SingleTurnEnv
 from jaxrl_llm.envs.tool_env import ToolEnv, Trajectory, Turn
 from jaxrl_llm.envs.tool_protocols import (
@@ -25,6 +25,7 @@ from jaxrl_llm.envs.tool_protocols import (
 )
 
 __all__ = [
+    "AgentsEnv",
     "CHAT",
     "Call",
     "DeviceEnv",

@@ -1,10 +1,13 @@
-"""The two kinds of environment that a sampler knows."""
+"""The kinds of environment that a sampler knows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from jaxrl_llm.sampling.episodes import Move
 
 
 class DeviceEnv(Protocol):
@@ -40,4 +43,18 @@ class HostEnv(Protocol):
     def step(self, state: Any, turn_text: str) -> tuple[Any, str, float, bool]:
         """Answers a turn of the policy: the next state (a new one, the old one stays as it is), the observation, the
         turn's reward (NaN: cannot be scored), and whether the episode is over."""
+        ...
+
+
+class AgentsEnv(Protocol):
+    """A `HostEnv` of several roles, one of which speaks at a time."""
+
+    def reset(self, task: Any) -> tuple[Any, Move]:
+        """Starts an episode of `task`: its state, and who speaks first with which prompt."""
+        ...
+
+    def step(self, state: Any, role: str, turn_text: str) -> tuple[Any, Move, Mapping[str, float], bool]:
+        """Answers the turn of a role: the next state (a new one, the old one stays as it is), who speaks next and what
+        it reads, what roles are paid for their last turn (NaN: cannot be scored), and whether the episode is over, when
+        the move means nothing."""
         ...

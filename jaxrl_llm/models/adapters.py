@@ -32,6 +32,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.models.attention import write_cache
 from jaxrl_llm.models.decoder import Cache, Model, replace_prefix
 from jaxrl_llm.models.weights import count_params
 from jaxrl_llm.ops._checks import check_ids_below
@@ -232,6 +233,12 @@ def _put_prefix(cache: Cache, prefix: Params, batch: int, length: int) -> Cache:
         {name: jnp.broadcast_to(x.astype(old[name].dtype), (batch, *x.shape)) for name, x in layer.items()}
         for layer, old in zip(layers, cache, strict=True)
     ]
+    if "page_table" in cache[0]:  # rows that share a first page write the same into it
+        places = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        return [
+            write_cache(old, jnp.moveaxis(row["keys"], 3, 1), jnp.moveaxis(row["values"], 2, 1), places)
+            for old, row in zip(cache, rows, strict=True)
+        ]
     return replace_prefix(cache, rows, jnp.ones(batch, bool))
 
 

@@ -141,6 +141,24 @@ class Model:
         ]
 
 
+def init_pages(model: Model, num_pages: int, page_size: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """An empty cache of pages that rows share through a page table (`with_page_table`)."""
+
+    def pages(like: jax.ShapeDtypeStruct, axis: int) -> Array:
+        shape = [num_pages, *like.shape[1:]]
+        shape[axis] = page_size
+        return jnp.zeros(shape, dtype)
+
+    layers = jax.eval_shape(lambda: model.init_cache(1, 1, dtype))
+    return [{"keys": pages(layer["keys"], 3), "values": pages(layer["values"], 2)} for layer in layers]
+
+
+def with_page_table(pages: Cache, page_table: Int[Array, "B M"]) -> Cache:
+    """The cache of B rows that lie in `pages`: position p of row b in page `page_table[b, p // page size]`. Entries for
+    places that a row does not use yet may be any number; one beyond the last page is never written to."""
+    return [layer | {"page_table": page_table} for layer in pages]
+
+
 def output_logits(model: Model, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits of hidden states, in float32, soft-capped where the model's config says so: what it samples from."""
     logits = jnp.einsum("...d,vd->...v", hidden, model.head(params), preferred_element_type=jnp.float32)

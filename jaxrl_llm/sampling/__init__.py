@@ -1,5 +1,6 @@
 """From parameters and prompts to rollouts, and back to their log-probabilities."""
 
+from jaxrl_llm.sampling.agents import agents_rollout
 from jaxrl_llm.sampling.calls import CallLimits
 from jaxrl_llm.sampling.constraints import (
     Constraint,
@@ -10,15 +11,25 @@ from jaxrl_llm.sampling.constraints import (
     token_trie,
 )
 from jaxrl_llm.sampling.device import rollout
+from jaxrl_llm.sampling.episodes import Episode, Move, Role
 from jaxrl_llm.sampling.grammars import json_schema_automaton, regex_automaton
-from jaxrl_llm.sampling.host import Episode, host_rollout
+from jaxrl_llm.sampling.host import Context, NewContext, host_rollout
+from jaxrl_llm.sampling.rows import Row, rows_to_rollout
 from jaxrl_llm.sampling.score import rollout_hidden, score_rollout
+from jaxrl_llm.sampling.session import Session
 from jaxrl_llm.sampling.transcripts import rollout_spans, transcripts, write_transcripts
 
 __all__ = [
     "CallLimits",
     "Constraint",
+    "Context",
     "Episode",
+    "Move",
+    "NewContext",
+    "Role",
+    "Row",
+    "Session",
+    "agents_rollout",
     "allowed_tokens",
     "constrain",
     "host_rollout",
@@ -28,6 +39,7 @@ __all__ = [
     "rollout",
     "rollout_hidden",
     "rollout_spans",
+    "rows_to_rollout",
     "score_rollout",
     "start_states",
     "token_trie",

@@ -69,7 +69,7 @@ def caller(limits: CallLimits) -> Iterator[Start]:
 
     async def attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         async with asyncio.timeout(limits.timeout):
-            if inspect.iscoroutinefunction(function):
+            if inspect.iscoroutinefunction(inspect.unwrap(function)):
                 return await function(*arguments)
             return await in_thread(function, *arguments)
 

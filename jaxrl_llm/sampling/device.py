@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxrl_llm.models.decoder import Model
-from jaxrl_llm.sampling.constraints import Constraint
+from jaxrl_llm.sampling.constraints import Constraint, start_states
 from jaxrl_llm.sampling.slots import (
     Limits,
     Prompts,
@@ -104,14 +104,13 @@ def rollout(
     states, tokens, lengths = jax.vmap(env.reset)(jax.random.split(env_key, num_tasks), tasks)
     check_prompts(tokens.shape[1], max_length)
     prompts = Prompts(tokens, lengths, states, prefill(model, params, tokens, lengths, num_slots))
-    stops = check_stops(stop_sequences)
+    rows = jnp.arange(num_rows)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(token_key, rows)
+    row_states = None if constraint is None else start_states(constraint, rows // group_size)
+    fixed = (model, params, row_keys, decoding, check_stops(stop_sequences), limits)
 
     def step(width: int, carry: tuple[Written, Slots]) -> tuple[Written, Slots]:
-        return decode(
-            *(model, params, token_key, decoding, stops, limits, width, *carry),
-            constraint=constraint,
-            group_size=group_size,
-        )
+        return decode(*fixed, width, *carry, constraint, row_states)
 
     def step_environment(written: Written, slots: Slots) -> tuple[Written, Slots]:
         turn_tokens, turn_lengths = turn_of(written, slots, limits)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxrl_llm.models.decoder import Cache, Model, replace_prefix
-from jaxrl_llm.sampling.constraints import Constraint, start_states
+from jaxrl_llm.sampling.constraints import Constraint
 from jaxrl_llm.sampling.draw import draw_tokens
 from jaxrl_llm.types import Decoding, Params, Rollout
 
@@ -174,7 +174,7 @@ def answer(
 def decode(
     model: Model,
     params: Params,
-    key: jax.Array,
+    row_keys: Key[Array, "B"],
     decoding: Decoding,
     stops: Stops,
     limits: Limits,
@@ -182,9 +182,13 @@ def decode(
     written: Written,
     slots: Slots,
     constraint: Constraint | None = None,
-    group_size: int = 1,
+    row_states: Int[Array, "B"] | None = None,
 ) -> tuple[Written, Slots]:
-    """Feeds each active slot up to `width` known tokens, and samples one where none are left."""
+    """Feeds each active slot up to `width` known tokens, and samples one where none are left.
+
+    The key of a token is that of its row folded with its position, so that a sample depends neither on the slot nor on
+    how many there are. `row_states` are those of a constraint in which a row's turns begin.
+    """
     num_rows = written.tokens.shape[0]
     active = (slots.row < num_rows) & ~slots.waiting
     columns = slots.fed[:, None] + jnp.arange(width)
@@ -196,11 +200,11 @@ def decode(
     sampling = active & (fed == slots.known)
 
     last = jnp.take_along_axis(hidden, jnp.maximum(num_taken - 1, 0)[:, None, None], axis=1)[:, 0]
-    # one key per (sequence, position): a sample depends neither on the slot nor on how many there are
-    keys = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(slots.row, slots.known)
+    row = jnp.minimum(slots.row, num_rows - 1)  # any row for a slot without one
+    keys = jax.vmap(jax.random.fold_in)(row_keys[row], slots.known)
     states = slots.states
-    if constraint is not None:
-        states = select(slots.known == slots.turn_start, start_states(constraint, slots.row // group_size), states)
+    if row_states is not None:
+        states = select(slots.known == slots.turn_start, row_states[row], states)
     drawn = draw_tokens(model, params, last, keys, decoding, constraint, states)
 
     rows = jnp.where(sampling, slots.row, num_rows)  # out of range: dropped

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 from numpy.typing import ArrayLike
 
 from jaxrl_llm.models.tokenizer import Tokenizer
@@ -18,13 +19,23 @@ from jaxrl_llm.types import Rollout, Span
 def rollout_spans(sampled: Rollout, row: int, tokenizer: Tokenizer) -> list[Span]:
     """The prompt, the policy's turns and the observations of one sequence, in order. Decoded span by span, for looking
     at and for rewards of text; training never encodes it again."""
-    length, prompt_length = int(sampled.lengths[row]), int(sampled.prompt_lengths[row])
-    tokens, mask = np.asarray(sampled.tokens[row][:length]), np.asarray(sampled.mask[row][:length])
-    turns = np.asarray(sampled.turn_ids[row][:length])
+    length = int(sampled.lengths[row])
+    tokens, mask, turns = (np.asarray(x[row])[:length] for x in (sampled.tokens, sampled.mask, sampled.turn_ids))
+    return token_spans(tokens, mask, turns, int(sampled.prompt_lengths[row]), tokenizer)
+
+
+def token_spans(
+    tokens: Int[np.ndarray, "T"],
+    mask: Bool[np.ndarray, "T"],
+    turn_ids: Int[np.ndarray, "T"],
+    prompt_length: int,
+    tokenizer: Tokenizer,
+) -> list[Span]:
+    """The spans of the tokens of one sequence, which ends with them."""
     spans = [Span("prompt", tokenizer.decode(tokens[:prompt_length]))]
     start = prompt_length
-    for end in range(prompt_length + 1, length + 1):
-        if end == length or mask[end] != mask[start] or turns[end] != turns[start]:
+    for end in range(prompt_length + 1, len(tokens) + 1):
+        if end == len(tokens) or mask[end] != mask[start] or turn_ids[end] != turn_ids[start]:
             spans.append(Span("policy" if mask[start] else "observation", tokenizer.decode(tokens[start:end])))
             start = end
     return spans

@@ -139,7 +139,8 @@ def check(rollout, spy, trajectories):
     assert sampled == Counter(spy.decoded)  # what the environment was told is what was sampled
     allowed = Counter(trajectory.prompt for trajectory in trajectories)
     allowed.update(turn.observation for trajectory in trajectories for turn in trajectory.turns)
-    assert Counter(spy.encoded) == allowed  # and no turn of the policy was encoded
+    # and no turn of the policy was encoded; nor need the observation behind a last turn be
+    assert not Counter(spy.encoded) - allowed
     return sampled.total(), drifted, sum(trajectory.num_calls for trajectory in trajectories)
 
 

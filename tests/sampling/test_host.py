@@ -176,3 +176,7 @@ def test_bad_input(params):
         play(params, Echo(), call_limits=CallLimits(timeout=0))
     with pytest.raises(ValueError, match="steps must be at least 1"):
         play(params, Echo(), steps=0)
+    with pytest.raises(ValueError, match="max_seconds must be positive or None, got 0"):
+        play(params, Echo(), max_seconds=0)
+    with pytest.raises(ValueError, match="max_calls must be at least 1 or None, got 0"):
+        play(params, Echo(), max_calls=0)
