@@ -167,15 +167,16 @@ def output_logits(model: Model, params: Params, hidden: Float[Array, "*B D"]) ->
 
 
 def replace_prefix(cache: Cache, prefix: Cache, rows: Bool[Array, "B"]) -> Cache:
-    """The cache with the entries of `prefix` (same batch, fewer positions) at the front of the chosen `rows`."""
+    """The cache with the entries of `prefix` (same batch, fewer positions) at the front of the chosen `rows`.
 
-    def replaced(old: Array, new: Array, axis: int) -> Array:
-        front = jax.lax.slice_in_dim(old, 0, new.shape[axis], axis=axis)
-        front = jnp.where(rows[:, None, None, None], new, front)
-        return jax.lax.dynamic_update_slice_in_dim(old, front, 0, axis=axis)
-
+    Scattered by row: a select over the front of all rows would compute every entry to change the few of a row or two.
+    """
+    chosen = jnp.where(rows, jnp.arange(rows.shape[0]), rows.shape[0])  # out of range: dropped
     return [
-        {"keys": replaced(old["keys"], new["keys"], 3), "values": replaced(old["values"], new["values"], 2)}
+        {
+            "keys": old["keys"].at[chosen, :, :, : new["keys"].shape[3]].set(new["keys"], mode="drop"),
+            "values": old["values"].at[chosen, :, : new["values"].shape[2]].set(new["values"], mode="drop"),
+        }
         for old, new in zip(cache, prefix, strict=True)
     ]
 
