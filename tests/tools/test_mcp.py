@@ -53,7 +53,12 @@ def start_http_server(port):
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    wait_until(answers)
+    try:
+        wait_until(answers, 120)  # importing the server takes a while where other work goes on
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     return process
 
 

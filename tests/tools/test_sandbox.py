@@ -18,7 +18,7 @@ import pytest
 from jaxrl_llm.tools import call_tool, sandbox
 from jaxrl_llm.tools.sandbox import PythonSandbox, SandboxLimits, available_protections, python_tool
 
-LIMITS = SandboxLimits(cpu_seconds=1, wall_seconds=8.0, memory_bytes=128 << 20)
+LIMITS = SandboxLimits(cpu_seconds=1, wall_seconds=30.0, memory_bytes=128 << 20)
 SECRET = "the gold answer 4711"
 
 # What a program must not manage prints ESCAPED; {folder} is a folder of the test's, {parent} the test's process.
@@ -243,7 +243,7 @@ def check(chosen: PythonSandbox, program: str, expected: str, places: dict[str, 
 
 def limits_for(expected: str) -> SandboxLimits:
     """A short wall time for programs that are to meet it; ample for others, on a machine with other work."""
-    return dataclasses.replace(LIMITS, wall_seconds=0.7 if "0.7 wall" in expected else 8.0)
+    return dataclasses.replace(LIMITS, wall_seconds=0.7 if "0.7 wall" in expected else LIMITS.wall_seconds)
 
 
 @pytest.fixture(scope="module")
