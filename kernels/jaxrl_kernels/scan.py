@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from jaxrl_kernels import scan_hopper
 from jaxrl_kernels.dispatch import choose
 
 Discount = Float[Array, "B T"] | Float[Array, "1 1"]
@@ -58,8 +59,8 @@ def discounted_scan(
       mask: [B, T], default all true. A false entry is stepped over: the state passes it unchanged.
       segment_ids: [B, T], packed sequences; the scan starts anew wherever the id changes from one entry to the next.
       reverse: from the end of the row to its beginning.
-      implementation: None, "xla", "associative", "reference", "pallas_tpu", "pallas_gpu", or, for tests,
-        "interpret_tpu", "interpret_gpu"; see `dispatch.choose`.
+      implementation: None, "xla", "associative", "reference", "pallas_tpu", "pallas_gpu", "mosaic_gpu" (Hopper),
+        or, for tests, "interpret_tpu", "interpret_gpu", "interpret_mosaic"; see `dispatch.choose`.
 
     Returns:
       [B, T] float32, accumulated in float32, 0 at false entries.
@@ -146,6 +147,8 @@ def _run(
         "reference": _reference,
         "interpret_tpu": functools.partial(_pallas_tpu, interpret=True),
         "interpret_gpu": functools.partial(_pallas_gpu, interpret=True),
+        "hopper": functools.partial(scan_hopper.discounted_scan, affine=_affine),
+        "interpret_mosaic": functools.partial(scan_hopper.discounted_scan, affine=_affine, interpret=True),
     }
     run = choose(implementation, **{name: functools.partial(version, **options) for name, version in versions.items()})
     return run(values, discount, code) if values.size else jnp.zeros(values.shape, jnp.float32)

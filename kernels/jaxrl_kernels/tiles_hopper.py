@@ -65,9 +65,9 @@ def load(reference: Any, layout: Any, interpret: bool) -> Array:
     return reference[...] if interpret else plgpu.load(reference, (), layout=layout)
 
 
-def read(reference: Any, interpret: bool) -> Array:
-    """Numbers from the GPU's memory, where Mosaic finds their layout."""
-    return reference[...] if interpret else plgpu.load(reference, (), optimized=False)
+def read(reference: Any, interpret: bool, layout: Any = None) -> Array:
+    """Numbers from the GPU's memory or a line from shared memory, where Mosaic may find their layout."""
+    return reference[...] if interpret else plgpu.load(reference, (), layout=layout, optimized=False)
 
 
 def products(

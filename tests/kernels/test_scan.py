@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxrl_kernels import scan_hopper
 from jaxrl_kernels.dispatch import export_for
 from jaxrl_kernels.scan import _pallas_tpu, discounted_scan
 from jaxrl_llm import ops
 
-HERE = ["xla", "associative", "reference", "interpret_tpu", "interpret_gpu"]
+HERE = ["xla", "associative", "reference", "interpret_tpu", "interpret_gpu", "interpret_mosaic"]
 # Float32 against float64: discounts of at most 1 over at most 300 terms of order 1.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -51,9 +52,10 @@ def scan(values, discount, mask, segments, reverse=True, implementation="xla"):
 
 @pytest.mark.parametrize("reverse", [True, False])
 @pytest.mark.parametrize("implementation", HERE)
-def test_masks_and_segments(implementation, reverse):
+def test_masks_and_segments(implementation, reverse, monkeypatch):
     """Rows and lengths that fill no block; one row without a true entry, one with all. NaN stands where none may look.
     The plain definition is unrolled, so it gets a short row."""
+    monkeypatch.setattr(scan_hopper, "CHUNK", 256)
     length = 9 if implementation == "reference" else 300
     values, discount, mask, segments = make(5, length)
     mask[3], mask[4] = False, True
@@ -87,7 +89,7 @@ def test_random_patterns(seed, density, reverse):
 
 
 @pytest.mark.parametrize("reverse", [True, False])
-@pytest.mark.parametrize("implementation", ["xla", "interpret_tpu", "interpret_gpu"])
+@pytest.mark.parametrize("implementation", ["xla", "interpret_tpu", "interpret_gpu", "interpret_mosaic"])
 def test_gradients(implementation, reverse):
     """Both gradients are those of a linear function of values and a polynomial in discounts: central differences of the
     float64 oracle are exact but for their own rounding. And exactly 0 under the mask."""
@@ -152,6 +154,16 @@ def test_lowers_with_the_kernel_of_the_platform(platform):
     values = jax.ShapeDtypeStruct((64, 8192), jnp.float32)
     text = export_for(platform, jax.grad(lambda x: jnp.sum(discounted_scan(x, 0.9))), values).mlir_module()
     assert "@tpu_custom_call" in text if platform == "tpu" else "__gpu$xla.gpu.triton" in text
+
+
+def test_lowers_the_hopper_kernel_by_name():
+    values, mask = (jax.ShapeDtypeStruct((64, 1000), dtype) for dtype in (jnp.bfloat16, bool))
+
+    def loss(values, discount, mask):
+        return jnp.sum(discounted_scan(values, discount, mask=mask, implementation="mosaic_gpu"))
+
+    text = export_for("cuda", jax.grad(loss, (0, 1)), values, values, mask).mlir_module()
+    assert "@mosaic_gpu_v2(" in text and "triton" not in text
 
 
 def test_empty():
