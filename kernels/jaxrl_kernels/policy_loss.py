@@ -8,7 +8,7 @@ the function that gives the values; what remains is arithmetic on [B], and a bac
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_kernels import policy_loss_hopper
 from jaxrl_kernels.dispatch import choose
+from jaxrl_kernels.policy_loss_math import STATISTICS, Inputs, Terms, in_lanes, merge, one_pass, token_terms
 
 Tokens = Float[Array, "B T"]
 Number = Float[Array, ""] | float
@@ -26,32 +28,6 @@ Aggregation = Literal["token", "seq", "seq_sum", "const", "rollout"]
 
 TPU_ROWS, TPU_LANES = 32, 512
 GPU_CHUNK = 1024
-MAX_LOG_RATIO = 20.0
-
-# What is summed over the tokens of a row; behind these come its smallest and its largest ratio.
-SUMS = ("objective", "bonus", "count", "ratio", "clipped", "dual_clipped", "k1", "k3", "kl", "entropy")
-STATISTICS = (*SUMS, "ratio_min", "ratio_max")
-
-
-class Terms(NamedTuple):
-    """The static options of a token's loss."""
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_kind: str
-
-
-class Inputs(NamedTuple):
-    """Arrays [B, T] beside the log-probs; `kl_coefficient` is [1, 1]."""
-
-    old_logprobs: Array
-    advantages: Array
-    mask: Array
-    kl_coefficient: Array
-    ref_logprobs: Array | None
-    entropy: Array | None
-    weights: Array | None
 
 
 def fused_policy_loss(
@@ -92,8 +68,8 @@ def fused_policy_loss(
         "seq" with all rows of one of `rollout_ids` [B] as one.
       weights: [B, T] factors of the tokens in all three terms.
       denominator: in place of this batch's (tokens or rows), for a micro-batch of a larger one.
-      implementation: None, "xla", "reference", "pallas_tpu", "pallas_gpu", or, for tests, "interpret_tpu",
-        "interpret_gpu"; see `dispatch.choose`.
+      implementation: None, "xla", "reference", "pallas_tpu", "pallas_gpu", "mosaic_gpu" (Hopper), or, for
+        tests, "interpret_tpu", "interpret_gpu", "interpret_mosaic"; see `dispatch.choose`.
 
     Returns:
       The loss, a float32 scalar, 0 for an empty mask; and token means over the mask without gradient: `ratio_mean`,
@@ -210,89 +186,16 @@ def _run(logprobs: Array, inputs: Inputs, terms: Terms, implementation: str | No
     versions: dict[str, Any] = {"cpu": _xla, "tpu": _pallas_tpu, "gpu": _pallas_gpu, "reference": _reference}
     versions["interpret_tpu"] = functools.partial(_pallas_tpu, interpret=True)
     versions["interpret_gpu"] = functools.partial(_pallas_gpu, interpret=True)
+    versions["hopper"] = policy_loss_hopper.row_statistics
+    versions["interpret_mosaic"] = functools.partial(policy_loss_hopper.row_statistics, interpret=True)
     run = choose(
         implementation, **{name: functools.partial(version, terms=terms) for name, version in versions.items()}
     )
     return run(logprobs, inputs) if logprobs.size else _xla(logprobs, inputs, terms=terms)
 
 
-def _tokens(logprobs: Array, inputs: Inputs, terms: Terms) -> tuple[Array, dict[str, Array]]:
-    """The objective of each token and whatever else is summed, 0 at false entries; of whole arrays or of a block."""
-    mask = inputs.mask != 0
-
-    def select(x: Array) -> Array:
-        return jnp.where(mask, x.astype(jnp.float32), 0.0)
-
-    own, advantage = select(logprobs), select(inputs.advantages)
-    log_ratio = jnp.clip(own - select(inputs.old_logprobs), -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = jnp.exp(log_ratio)
-    plain = -advantage * ratio
-    clipped = -advantage * jnp.clip(ratio, 1 - terms.clip_low, 1 + terms.clip_high)
-    objective = jnp.maximum(plain, clipped)
-    tokens = {
-        "count": select(jnp.ones_like(ratio)),
-        "ratio": select(ratio),
-        "clipped": select(clipped > plain),
-        "k1": -log_ratio,
-        "k3": _expm1(log_ratio) - log_ratio,
-    }
-    if terms.dual_clip is not None:
-        bound = -terms.dual_clip * advantage
-        active = (advantage < 0) & (objective > bound)
-        objective = jnp.where(active, bound, objective)
-        tokens["dual_clipped"] = select(active)
-    if inputs.ref_logprobs is not None:
-        kl = _kl(own - select(inputs.ref_logprobs), terms.kl_kind)
-        objective = objective + inputs.kl_coefficient * kl
-        tokens["kl"] = kl
-    weight = 1.0 if inputs.weights is None else select(inputs.weights)
-    if inputs.entropy is not None:
-        tokens["entropy"] = select(inputs.entropy)
-        tokens["bonus"] = weight * tokens["entropy"]
-    objective = weight * objective
-    return objective, {"objective": objective, **tokens}
-
-
-def _kl(d: Array, kind: str) -> Array:
-    """The estimates of `fused_policy_loss`; in k3 the difference is bounded by 20 and the value by 10."""
-    if kind in ("k1", "abs"):
-        return d if kind == "k1" else jnp.abs(d)
-    k2 = d**2 / 2
-    if kind == "k2":
-        return k2
-    bounded = jnp.clip(d, -20, 20)
-    k3 = jnp.clip(_expm1(-bounded) + bounded, -10, 10)
-    if kind == "k3":
-        return k3
-    return jax.lax.stop_gradient(d if kind == "k1+" else k3) + (k2 - jax.lax.stop_gradient(k2))
-
-
-def _expm1(x: Array) -> Array:
-    """`exp(x) - 1` exact near 0; Pallas has no `expm1` on a TPU."""
-    return jnp.tanh(x / 2) * (jnp.exp(x) + 1)
-
-
-def _pass(logprobs: Array, inputs: Inputs, terms: Terms, keepdims: bool = False) -> tuple[list[Array], Array]:
-    """The statistics over the last axis in the order of STATISTICS, and the derivative."""
-    objective = functools.partial(_tokens, inputs=inputs, terms=terms)
-    logprobs = logprobs.astype(jnp.float32)
-    _, derivative, tokens = jax.jvp(objective, (logprobs,), (jnp.ones_like(logprobs),), has_aux=True)
-    reduce: dict[str, Any] = {"axis": -1, "keepdims": keepdims}
-    nothing = jnp.zeros_like(logprobs)
-    counted, ratio = inputs.mask != 0, tokens["ratio"]
-    sums = [jnp.sum(tokens.get(name, nothing), **reduce) for name in SUMS]
-    lowest = jnp.min(jnp.where(counted, ratio, jnp.inf), initial=jnp.inf, **reduce)
-    highest = jnp.max(jnp.where(counted, ratio, -jnp.inf), initial=-jnp.inf, **reduce)
-    return [*sums, lowest, highest], derivative
-
-
-def _merge(name: str, x: Array, y: Array) -> Array:
-    """A statistic of two pieces of a row."""
-    return jnp.minimum(x, y) if name == "ratio_min" else jnp.maximum(x, y) if name == "ratio_max" else x + y
-
-
 def _xla(logprobs: Array, inputs: Inputs, *, terms: Terms) -> tuple[Array, Array]:
-    statistics, derivative = _pass(logprobs, inputs, terms)
+    statistics, derivative = one_pass(logprobs, inputs, terms)
     return jnp.stack(statistics, axis=1), derivative
 
 
@@ -301,7 +204,7 @@ def _reference(logprobs: Array, inputs: Inputs, *, terms: Terms) -> tuple[Array,
 
     def total(x: Array) -> tuple[Array, Array]:
         statistics, _ = _xla(x, inputs, terms=terms)
-        return jnp.sum(_tokens(x, inputs, terms)[0]), statistics
+        return jnp.sum(token_terms(x, inputs, terms)[0]), statistics
 
     derivative, statistics = jax.grad(total, has_aux=True)(logprobs.astype(jnp.float32))
     return statistics, derivative
@@ -320,17 +223,17 @@ def _pallas_tpu(logprobs: Array, inputs: Inputs, *, terms: Terms, interpret: Any
         place = step * lanes + jax.lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
         # the last block reaches beyond the row, where anything may stand
         block = block._replace(mask=jnp.where(place < length, block.mask.astype(jnp.int32), 0))
-        statistics, derivative_ref[...] = _pass(own, block, terms, keepdims=True)
+        statistics, derivative_ref[...] = one_pass(own, block, terms, keepdims=True)
 
         @pl.when(step == 0)
         def _():
-            statistics_ref[...] = _in_lanes(statistics, (rows, 128))
+            statistics_ref[...] = in_lanes(statistics, (rows, 128))
 
         @pl.when(step > 0)
         def _():
             sums = [statistics_ref[:, i : i + 1] for i in range(len(STATISTICS))]
-            merged = [_merge(*pieces) for pieces in zip(STATISTICS, sums, statistics, strict=True)]
-            statistics_ref[...] = _in_lanes(merged, (rows, 128))
+            merged = [merge(*pieces) for pieces in zip(STATISTICS, sums, statistics, strict=True)]
+            statistics_ref[...] = in_lanes(merged, (rows, 128))
 
     tile = pl.BlockSpec((rows, lanes), lambda row, step: (row, step))
     number = pl.BlockSpec((1, 1), lambda row, step: (0, 0))
@@ -363,12 +266,12 @@ def _pallas_gpu(logprobs: Array, inputs: Inputs, *, terms: Terms, interpret: boo
                 ref[0, 0] if ref.ndim == 2 else plgpu.load(ref.at[place], mask=inside, other=0) for ref in refs[:-2]
             ]
             own, block = jax.tree.unflatten(form, blocks)
-            statistics, derivative = _pass(own, block, terms)
+            statistics, derivative = one_pass(own, block, terms)
             plgpu.store(derivative_ref.at[place], derivative, mask=inside)
-            return [_merge(*pieces) for pieces in zip(STATISTICS, sums, statistics, strict=True)]
+            return [merge(*pieces) for pieces in zip(STATISTICS, sums, statistics, strict=True)]
 
         start = [jnp.float32({"ratio_min": jnp.inf, "ratio_max": -jnp.inf}.get(name, 0)) for name in STATISTICS]
-        statistics_ref[...] = _in_lanes(jax.lax.fori_loop(0, pl.cdiv(length, chunk), body, start), (width,))
+        statistics_ref[...] = in_lanes(jax.lax.fori_loop(0, pl.cdiv(length, chunk), body, start), (width,))
 
     row = pl.BlockSpec((None, length), lambda index: (index, 0))
     number = pl.BlockSpec((1, 1), lambda index: (0, 0))
@@ -389,12 +292,3 @@ def _specs(inputs: Inputs, tokens: pl.BlockSpec, number: pl.BlockSpec) -> list[p
     """One per array, in the order that the pytree (log-probs, inputs) flattens to."""
     specs = [number if name == "kl_coefficient" else tokens for name, x in inputs._asdict().items() if x is not None]
     return [tokens, *specs]
-
-
-def _in_lanes(numbers: list[Array], shape: tuple[int, ...]) -> Array:
-    """The i-th number (or column) in lane i, 0 behind the last."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    result = jnp.zeros(shape, jnp.float32)
-    for i, number in enumerate(numbers):
-        result = jnp.where(lane == i, number, result)
-    return result

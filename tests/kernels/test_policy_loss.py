@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_kernels import policy_loss
+from jaxrl_kernels import policy_loss, policy_loss_hopper
 from jaxrl_kernels.dispatch import export_for
 from jaxrl_kernels.policy_loss import fused_policy_loss
 from jaxrl_llm import ops
 
-HERE = ["xla", "reference", "interpret_tpu", "interpret_gpu"]
+HERE = ["xla", "reference", "interpret_tpu", "interpret_gpu", "interpret_mosaic"]
 # Sums of float32 taken in another order.
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 
@@ -99,6 +99,7 @@ def test_every_estimate_of_kl_as_in_ops(kl_kind):
 def test_every_implementation_as_in_ops(monkeypatch):
     """With blocks so small that a row takes several, the last of them in part."""
     monkeypatch.setattr(policy_loss, "GPU_CHUNK", 32)
+    monkeypatch.setattr(policy_loss_hopper, "CHUNK", 32)
     compare(HERE, agg="seq")
 
 
@@ -144,6 +145,18 @@ def test_lowers_with_the_kernel_of_the_platform(platform):
     run = jax.value_and_grad(fused_policy_loss, has_aux=True)
     text = export_for(platform, run, own, own, arrays[1], mask).mlir_module()
     assert "@tpu_custom_call" in text if platform == "tpu" else "__gpu$xla.gpu.triton" in text
+
+
+@pytest.mark.parametrize("kl_kind", ["k1+", "k3"])
+def test_lowers_the_hopper_kernel_by_name(kl_kind):
+    tokens, mask = (jax.ShapeDtypeStruct((64, 1000), dtype) for dtype in (jnp.bfloat16, bool))
+
+    def loss(own, entropy, rest):
+        return ours(own, entropy, rest, "mosaic_gpu", kl_kind)
+
+    run, rest = jax.value_and_grad(loss, (0, 1), has_aux=True), (tokens, tokens, mask, tokens, tokens)
+    text = export_for("cuda", run, tokens, tokens, rest).mlir_module()
+    assert "@mosaic_gpu_v2(" in text and "triton" not in text
 
 
 @pytest.mark.parametrize(
