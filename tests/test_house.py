@@ -18,7 +18,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("jaxrl_llm", "kernels", "experiments", "configs", "benchmarks", "tests")
 
-# From below to above. A module imports from its own layer and from those before it.
+# From below to above. A module imports from its own layer and from those before it; the longest name that fits says
+# which layer that is.
 LAYERS = (
     ("jaxrl_kernels",),
     ("jaxrl_llm.types",),
@@ -28,7 +29,7 @@ LAYERS = (
     ("jaxrl_llm.envs", "jaxrl_llm.tools", "jaxrl_llm.retrieval", "jaxrl_llm.rewards", "jaxrl_llm.data"),
     ("jaxrl_llm.train",),
     ("jaxrl_llm.distributed",),
-    ("experiments", "configs", "benchmarks"),
+    ("jaxrl_llm.sampling.chat", "experiments", "configs", "benchmarks"),
 )
 
 
@@ -45,10 +46,13 @@ def module_name(path: Path) -> str:
 
 def layer(module: str) -> int | None:
     """Index into LAYERS; None for a module that is not ours, and for `jaxrl_llm` itself, which imports nothing."""
-    for index, names in enumerate(LAYERS):
-        if any(module == name or module.startswith(name + ".") for name in names):
-            return index
-    return None
+    found = [
+        (len(name), index)
+        for index, names in enumerate(LAYERS)
+        for name in names
+        if module == name or module.startswith(name + ".")
+    ]
+    return max(found)[1] if found else None
 
 
 def imported_modules(path: Path, top_level_only: bool = False) -> Iterator[str]:

@@ -152,6 +152,12 @@ class ToolEnv:
         turn = turn._replace(observation=observation)
         return state._replace(turns=(*state.turns, turn)), observation, 0.0, False
 
+    def render_error(self, message: str) -> str:
+        """For the option of that name of `sampling.host_rollout`: what is shown where a whole step failed, as when a
+        user does not answer. It supposes that the policy had ended its turn."""
+        end = self._ends[0] if self._ends and self._templated and not self.protocol.inline else ""
+        return self._observe(end, (ToolResult(f"Error: {message}", "failed"),), None)
+
     @cached_property
     def stop_sequences(self) -> list[list[int]]:
         """Tokens that end a turn, for the sampler."""

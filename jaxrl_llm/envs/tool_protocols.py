@@ -279,6 +279,7 @@ CHAT = Protocol(
     stops=lambda tools: ("\nUser:",),
     question="User: {}\nAssistant:",
     opening="\nUser:",
+    result=" {}",
     reply=" {}",
     closing="\nAssistant:",
     observed=r"(?<=\nUser:).*?\nAssistant:",

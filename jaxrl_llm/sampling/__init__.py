@@ -16,6 +16,7 @@ from jaxrl_llm.sampling.grammars import json_schema_automaton, regex_automaton
 from jaxrl_llm.sampling.host import Context, NewContext, host_rollout
 from jaxrl_llm.sampling.rows import Row, rows_to_rollout
 from jaxrl_llm.sampling.score import rollout_hidden, score_rollout
+from jaxrl_llm.sampling.server import PolicyServer, Reply
 from jaxrl_llm.sampling.session import Session
 from jaxrl_llm.sampling.transcripts import rollout_spans, transcripts, write_transcripts
 
@@ -26,6 +27,8 @@ __all__ = [
     "Episode",
     "Move",
     "NewContext",
+    "PolicyServer",
+    "Reply",
     "Role",
     "Row",
     "Session",

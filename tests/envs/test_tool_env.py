@@ -241,6 +241,14 @@ def test_a_call_that_brings_nothing_is_shown_and_flagged(name, arguments, error,
     assert text in observation and (reward, done) == (0.0, False) and state.errors == [error]
 
 
+def test_a_step_that_fails_is_shown_in_the_protocol():
+    assert make_env(SEARCH_R1).render_error("no {user}") == "\n\n<information>Error: no {user}</information>\n\n"
+    shown = make_env(HERMES, tokenizer=CHATML).render_error("no user")
+    assert shown.startswith("\n<|im_start|>user\n<tool_response>\nError: no user\n</tool_response>")
+    chat = make_env(CHAT)
+    assert chat.render_error("no user") == "\nUser: Error: no user\nAssistant:"
+
+
 def test_budget_of_calls():
     env = make_env(HERMES, max_calls=2)
     turn = hermes(query="a") + "<tool_call></tool_call>" + hermes("unknown") + hermes(query="b")

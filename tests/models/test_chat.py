@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_llm.models.chat import encode_chat, extend_chat, render_chat
+from jaxrl_llm.models.chat import encode_chat, extend_chat, render_chat, text_behind_turn
 from jaxrl_llm.models.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parent / "golden" / "tokenizers"
@@ -298,3 +298,13 @@ def test_bad_input():
     plain = "{% for message in messages %}{{ message.role + ': ' + (message.content or '') + '\n' }}{% endfor %}"
     with pytest.raises(ValueError, match="no special token, but with"):
         extend_chat(CHATML, ids, mask, LOOKUP[:2], LOOKUP[2:4], template=plain)
+
+
+@pytest.mark.parametrize(("tokenizer", "template"), [(CHATML, None), (CHATML, MARKED), (LLAMA, INST)])
+@pytest.mark.parametrize("ended", [True, False])
+def test_text_behind_a_turn_encodes_to_what_extend_chat_appends(tokenizer, template, ended):
+    before = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    new = [{"role": "user", "content": "and ñ?"}]
+    said = tokenizer.encode("yes") + [tokenizer.eos_ids[0]] * ended
+    ids, _ = extend_chat(tokenizer, said, [True] * len(said), before, new, template=template)
+    assert tokenizer.encode(text_behind_turn(tokenizer, new, ended=ended, template=template)) == ids[len(said) :]
