@@ -60,6 +60,8 @@ def advance_lanes(
     steps: int,
     key_impl: str,
 ) -> tuple[Moved, Cache]:
+    """Up to `steps` decode steps, fewer once an eighth of the active lanes has ended its turn; what was drawn, and the
+    pages with what was computed."""
     num, length = lanes.tokens.shape
     places = jnp.arange(num)
     keys = jax.random.wrap_key_data(lanes.keys, impl=key_impl)
@@ -127,6 +129,7 @@ def compute_lanes(
     *,
     model: Model,
 ) -> Cache:
+    """The pages with keys and values of known tokens, `lengths` of them from `starts` on in each row."""
     steps = jnp.arange(tokens.shape[1])
     positions = jnp.where(steps < lengths[:, None], starts[:, None] + steps, -1)
     _, cache = model.apply(params, tokens, positions=positions, cache=with_page_table(pages, page_table))
@@ -135,5 +138,6 @@ def compute_lanes(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def copy_pages(pages: Cache, sources: Int[Array, "N"], copies: Int[Array, "N"]) -> Cache:
+    """The pages with `copies` overwritten by `sources`; a copy to a page behind the end is dropped."""
     # in bounds or not: a copy to a page behind the end is dropped, whatever was read for it
     return jax.tree.map(lambda x: x.at[copies].set(x[jnp.minimum(sources, x.shape[0] - 1)], mode="drop"), pages)
