@@ -60,6 +60,7 @@ def advance_lanes(
     steps: int,
     key_impl: str,
 ) -> tuple[Moved, Cache]:
+    """Up to `steps` decode steps of all lanes, fewer once an eighth of those in use has ended a turn."""
     """Up to `steps` decode steps, fewer once an eighth of the active lanes has ended its turn; what was drawn, and the
     pages with what was computed."""
     num, length = lanes.tokens.shape
@@ -129,6 +130,7 @@ def compute_lanes(
     *,
     model: Model,
 ) -> Cache:
+    """Keys and values of `lengths` tokens of each row, written behind the `starts` that are there."""
     """The pages with keys and values of known tokens, `lengths` of them from `starts` on in each row."""
     steps = jnp.arange(tokens.shape[1])
     positions = jnp.where(steps < lengths[:, None], starts[:, None] + steps, -1)
