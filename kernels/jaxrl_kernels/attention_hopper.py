@@ -158,7 +158,7 @@ def _forward_kernel(
 
     @pl.when(warpgroup < WARPGROUPS)
     def compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         here = pl.ds((i * WARPGROUPS + warpgroup) * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(q.at[batch, here, head], rows.at[warpgroup], rows_there.at[warpgroup])
         plgpu.copy_gmem_to_smem(query_marks.at[batch, :, here], row_marks.at[warpgroup], rows_there.at[warpgroup])
@@ -205,7 +205,7 @@ def _forward_kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def copy():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         kv_head = jax.lax.div(head, q.shape[2] // k.shape[2])
 
         def copy_keys(number, slot):

@@ -117,7 +117,7 @@ def _query_grad_kernel(options, interpret, limits, queries, keys, results, held,
 
     @pl.when(warpgroup == WARPGROUPS)
     def copy():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         _stream(last - first + 1, lambda number: (first + number, kv_head), keys, batch, streamed, there, free)
 
 
@@ -153,7 +153,7 @@ def _key_grad_kernel(options, interpret, limits, keys, queries, results, held, s
 
     @pl.when(warpgroup == WARPGROUPS)
     def copy():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         _stream(group * blocks, block_and_head, queries, batch, streamed, there, free)
 
 
@@ -166,7 +166,7 @@ def _copy(side, batch, here, head, buffers, slot, barrier) -> None:
 
 def _hold(side, batch, block, head, held, there, warpgroup):
     """What a warpgroup that computes begins with: its rows."""
-    plgpu.set_max_registers(232, action="increase")
+    plgpu.set_max_registers(240, action="increase")
     here = pl.ds((block * WARPGROUPS + warpgroup) * ROWS, ROWS)
     _copy(side, batch, here, head, held, warpgroup, there)
     plgpu.barrier_wait(there.at[warpgroup])
@@ -203,12 +203,12 @@ def _weights_and_gradient(options, interpret, queries, keys, column_of, whole):
         pairs, marks, layout, axis = [(columns, rows), (values, out_grads)], (key_marks, query_marks), ROW, 1
     logits, weight_grad = products(*pairs, interpret=interpret)
     logits, factor, slope = scaled_logits(logits, options)
-    shift, inner = load(normalizer, layout, interpret) * LOG2E, load(inner, layout, interpret)
-    shift, inner = (spread(line, logits.shape, axis) for line in (shift, inner))
-    weights = jnp.exp2(logits * factor - shift)
+    shift = load(normalizer, layout, interpret) * LOG2E
+    weights = jnp.exp2(logits * factor - spread(shift, logits.shape, axis))
 
     def hide(weights):
         return jnp.where(seen_in_tile(*marks, column_of, options, interpret), weights, 0.0)
 
     weights = jax.lax.cond(whole, lambda weights: weights, hide, weights)
+    inner = spread(load(inner, layout, interpret), logits.shape, axis)
     return weights, weights * (weight_grad - inner) * slope

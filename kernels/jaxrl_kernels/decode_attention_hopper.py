@@ -72,10 +72,11 @@ def attend(
     limits = pad_rows(jnp.tile(jnp.stack([sight.first, sight.end], axis=1), (1, 1, group)), ROWS, 2)
     shares = max(1, min(pl.cdiv(PROGRAMS, slots * num_kv * row_blocks), pl.cdiv(table.shape[1] * page, FEWEST_KEYS)))
     stages, parts = 4 if width <= 128 else 2, (slots, num_kv, shares)
+    rows_out = min(ROWS, pl.cdiv(num_rows, 8) * 8)  # of a block: the padding stays where it is
     totals, numbers = launch(
-        functools.partial(_kernel, options, min(ROWS, pl.cdiv(num_rows, 8) * 8), interpret),
+        functools.partial(_kernel, options, rows_out, interpret),
         out_type=[
-            jax.ShapeDtypeStruct((*parts, *rows.shape[2:]), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, (row_blocks - 1) * ROWS + rows_out, width), jnp.float32),
             jax.ShapeDtypeStruct((*parts, 2, rows.shape[2]), jnp.float32),
         ],
         scratch_types=[

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrl_kernels import attention_tpu
 from jaxrl_kernels.attention import flash_attention, make_marks
 from jaxrl_kernels.attention_mask import Options, block_bounds, visible, whole_bounds
+from jaxrl_kernels.bench.aot import device_of
 from jaxrl_kernels.dispatch import export_for
 
 VERSIONS = ["reference", "xla", "interpret", "interpret_gpu"]
@@ -319,6 +320,24 @@ def test_compiles_for_tpus(topology):
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, segments).compile()
     assert "tpu_custom_call" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 2**30  # the weights alone would be 4 GiB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_compiles_for_hopper(width):
+    """32 heads over 8k packed tokens, forward and backward, down to the machine's code."""
+    pytest.importorskip("jax_cuda12_plugin")
+    sharding = jax.sharding.SingleDeviceSharding(device_of("h100"))
+    q, k = (jax.ShapeDtypeStruct((1, 8192, n, width), jnp.bfloat16, sharding=sharding) for n in (32, 8))
+    segments = jax.ShapeDtypeStruct((1, 8192), jnp.int32, sharding=sharding)
+
+    def loss(q, k, v, segments):
+        attend = functools.partial(flash_attention, segment_ids=segments, window=2048, softcap=30.0)
+        return jnp.sum(attend(q, k, v, implementation="mosaic_gpu").astype(jnp.float32))
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, segments).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**28  # the weights alone would be 4 GiB
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrl_kernels import decode_attention_hopper, decode_attention_tpu
 from jaxrl_kernels.attention import flash_attention
 from jaxrl_kernels.attention_mask import Options
+from jaxrl_kernels.bench.aot import device_of
 from jaxrl_kernels.decode_attention import _sight, decode_attention
 from jaxrl_kernels.dispatch import export_for
 
@@ -201,6 +202,20 @@ def test_compiles_for_tpus(topology, width, monkeypatch):
     compiled = jax.jit(decode_attention).lower(*arrays).compile()
     assert "tpu_custom_call" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 2**25  # half of the values would be 2^29
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128, 192])
+def test_compiles_for_hopper(width):
+    """64 slots of 8k tokens, 32 heads, down to the machine's code."""
+    pytest.importorskip("jax_cuda12_plugin")
+    sharding = jax.sharding.SingleDeviceSharding(device_of("h100"))
+    shapes = [(64, 8, 32, width), (4096, 8, width, 128), (4096, 8, 128, width)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+    arrays += [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for shape in ((64,), (64, 64))]
+    compiled = jax.jit(functools.partial(decode_attention, implementation="mosaic_gpu")).lower(*arrays).compile()
+    assert "mosaic_gpu" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**26  # half of the values would be 2^28 or more
 
 
 @pytest.mark.parametrize("paged", [False, True])

@@ -1,15 +1,15 @@
 """Times of every kernel on the platform this runs on, beside whatever else does the same work on the same inputs.
 
     python -m jaxrl_kernels.bench [KERNEL ...] [--torch] [--repeats 20] [--json PATH] [--markdown] [--small]
-    python -m jaxrl_kernels.bench --compile v5e:2x2,v5p:2x2x1,v6e:2x2
+    python -m jaxrl_kernels.bench --compile v5e:2x2,v5p:2x2x1,v6e:2x2,h100
 
 A table per kernel and shape. FLOP/s and bytes/s count the least that a pass must do (each array moved once, nothing
 computed twice), so that no version looks good by doing more; their shares are of a matmul and a copy that are measured
 first. Temporary memory is what the compiled program holds beside its inputs and outputs. "Difference" is the largest
 distance from our result over the largest number. All alternatives take turns and the median is taken.
 
-`--compile` needs no accelerator: it compiles the TPU kernels for the named chips, where libtpu is installed, and lowers
-the GPU kernels.
+`--compile` needs no accelerator: it compiles the kernels for the named chips, TPUs where libtpu is installed and an
+H100 where the packages of `jax[cuda12]` are, and lowers the Triton kernels.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     parser.add_argument("--small", action="store_true", help="tiny shapes: does everything run?")
-    parser.add_argument("--compile", metavar="TOPOLOGY,...", help="compile ahead of time for TPUs such as v5e:2x2")
+    parser.add_argument("--compile", metavar="CHIP,...", help="compile ahead of time for chips: v5e:2x2, h100")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.kernels if name not in MAKERS]
     if unknown:
