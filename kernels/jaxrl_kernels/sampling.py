@@ -8,7 +8,7 @@ needs no random number per token (as Gumbel noise does) and no sorted row. Thres
 | --- | --- | --- |
 | CPU | rows in groups that fit the cache | 128 |
 | TPU | read once into VMEM, 8 or 16 rows at a time | up to 2048 |
-| GPU | a program per row, read from memory once and then from the L2 cache | up to 4096 |
+| GPU | a program per row, read from memory once and then from the L2 cache | up to 4096, on Hopper 2048 |
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from jaxrl_kernels import sampling_pallas
+from jaxrl_kernels import sampling_hopper, sampling_pallas
 from jaxrl_kernels.dispatch import choose
 from jaxrl_kernels.sampling_search import CACHED, Filters, by_rows, filtered_logits, row_threshold
 
@@ -85,8 +85,8 @@ def sample_tokens(
       min_p: of those, tokens with less than this share of the largest probability are dropped.
       greedy: take the largest logit (the first of equal ones) in place of a draw; the log-prob is still that of the
         distribution that the other options describe. The key is not used.
-      implementation: None, "xla", "reference", "pallas_tpu", "pallas_gpu", or, for tests, "interpret_tpu",
-        "interpret_gpu"; see `dispatch.choose`.
+      implementation: None, "xla", "reference", "pallas_tpu", "pallas_gpu", "mosaic_gpu" (Hopper), or, for tests,
+        "interpret_tpu", "interpret_gpu", "interpret_mosaic"; see `dispatch.choose`.
 
     Returns:
       tokens [N] int32 and logprobs [N] float32 in nats, the log-prob each token was drawn with (0 at temperature 0). A
@@ -121,6 +121,8 @@ def draw(
         "reference": _reference,
         "interpret_tpu": functools.partial(sampling_pallas.on_tpu, interpret=True),
         "interpret_gpu": functools.partial(sampling_pallas.on_gpu, interpret=True),
+        "hopper": sampling_hopper.on_hopper,
+        "interpret_mosaic": functools.partial(sampling_hopper.on_hopper, interpret=True),
     }
     versions = {name: functools.partial(version, filters=filters) for name, version in versions.items()}
     if refusal := sampling_pallas.refusal_of_tpu(logits):

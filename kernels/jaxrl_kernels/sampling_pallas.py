@@ -1,6 +1,6 @@
 """`sample_tokens` in Pallas for TPUs and, through Triton, for GPUs: one kernel over blocks of rows.
 
-What happens to a block of rows is the same on both (`_draw`): passes over the vocabulary in pieces, for the largest
+What happens to a block of rows is the same on both (`draw`): passes over the vocabulary in pieces, for the largest
 logit, for each halving of a threshold, for the total weight, and for the piece in which the CDF passes the target. They
 differ in where the pieces come from. A TPU holds the rows in VMEM, logits over temperature and their weights side by
 side; a GPU reads the logits anew in each pass, from the L2 cache, and computes the weights again.
@@ -62,7 +62,7 @@ def on_tpu(
         # A reduction, so that it lies in the lanes as the totals do: compared with a column that was loaded as one,
         # they fail to compile ("Lane broadcast" is not implemented in Mosaic of libtpu 0.0.51).
         uniform = jnp.max(uniform_ref[...], axis=1, keepdims=True)
-        drawn = _draw(lambda j: scaled_ref[place(j)], weigh, num_pieces, (rows, width), uniform, filters)
+        drawn = draw(lambda j: scaled_ref[place(j)], weigh, num_pieces, (rows, width), uniform, filters)
         token_ref[...], logprob_ref[...] = drawn
 
     column = pl.BlockSpec((rows, 1), lambda i: (i, 0))
@@ -100,7 +100,7 @@ def on_gpu(
         def weigh(peak):
             return lambda j: jnp.exp(read(j) - peak)
 
-        drawn = _draw(read, weigh, pl.cdiv(vocab, width), (1, width), uniform_ref[...], filters)
+        drawn = draw(read, weigh, pl.cdiv(vocab, width), (1, width), uniform_ref[...], filters)
         token_ref[...], logprob_ref[...] = drawn
 
     number = pl.BlockSpec((1, 1), lambda i: (i, 0))
@@ -136,33 +136,37 @@ def _scale(logits: Array, j: Array, vocab: int, filters: Filters) -> Piece:
 
 
 def _columns(shape: tuple[int, ...]) -> Int[Array, "R C"]:
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
 
-def _draw(
+def draw(
     read: Callable[[Array], Piece],
     weigh: Callable[[Array], Callable[[Array], Piece]],
     num_pieces: int,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     uniform: Float[Array, "R 1"],
     filters: Filters,
+    first_of: Callable[[Array], Array] | None = None,
 ) -> tuple[Int[Array, "R 1"], Float[Array, "R 1"]]:
-    """Tokens and log-probs of R rows.
+    """Tokens and log-probs of R rows, or of one where a piece has no axis of rows and a number of a row none either.
 
     Args:
-      read: gives piece j of the logits over temperature, [R, C].
+      read: gives piece j of the logits over temperature, [R, C] or [C].
       weigh: gives, for the largest logit of each row, a function that gives piece j of `exp(logits - largest)`.
-      shape: R and C.
+      shape: R and C, or C.
+      first_of: gives the first token of piece j, `j * C` where there is none.
     """
+    keep: dict[str, Any] = {"axis": -1, "keepdims": len(shape) == 2}
+    first_of = first_of or (lambda j: j * shape[-1])
 
     def over_pieces(combine, of_piece, start, dtype):
         carry = jnp.full(shape, start, dtype)
         return jax.lax.fori_loop(0, num_pieces, lambda j, carry: combine(carry, of_piece(j)), carry)
 
     def total_of(of_piece, dtype):
-        return jnp.sum(over_pieces(jnp.add, of_piece, 0, dtype), axis=1, keepdims=True)
+        return jnp.sum(over_pieces(jnp.add, of_piece, 0, dtype), **keep)
 
-    peak = jnp.max(over_pieces(jnp.maximum, read, -jnp.inf, jnp.float32), axis=1, keepdims=True)
+    peak = jnp.max(over_pieces(jnp.maximum, read, -jnp.inf, jnp.float32), **keep)
     weights = weigh(peak)
 
     floor = threshold(
@@ -177,15 +181,15 @@ def _draw(
         return jnp.where(read(j) < floor, 0.0, weights(j))
 
     def sum_of(piece):
-        return jnp.sum(piece, axis=1, keepdims=True)
+        return jnp.sum(piece, **keep)
 
     nothing = jnp.zeros_like(peak)
     # Piece by piece, as it is added up below: the target must not exceed what is reached there.
     total = jax.lax.fori_loop(0, num_pieces, lambda j, total: total + sum_of(kept(j)), nothing)
     if filters.greedy:
-        token, logprob = _first_largest(read, num_pieces, shape, peak), -jnp.log(total)
+        token, logprob = _first_largest(read, num_pieces, shape, peak, first_of, keep), -jnp.log(total)
     else:
-        token, logprob = _invert(read, kept, sum_of, num_pieces, shape, uniform * total)
+        token, logprob = _invert(read, kept, sum_of, num_pieces, shape, uniform * total, first_of, keep)
         logprob = logprob - peak - jnp.log(total)
     # A logit that is NaN is never filtered out, and infinity minus infinity is NaN, as the total then is. (Whether a
     # maximum passes NaN on differs between platforms.)
@@ -193,17 +197,19 @@ def _draw(
     return jnp.where(valid, token, -1), jnp.where(valid, logprob, jnp.nan)
 
 
-def _first_largest(read, num_pieces, shape, peak) -> Int[Array, "R 1"]:
+def _first_largest(read, num_pieces, shape, peak, first_of, keep) -> Int[Array, "R 1"]:
     columns, none = _columns(shape), jnp.iinfo(jnp.int32).max
 
     def one(j, first):
-        return jnp.minimum(first, jnp.where(read(j) == peak, j * shape[1] + columns, none))
+        return jnp.minimum(first, jnp.where(read(j) == peak, first_of(j) + columns, none))
 
     first = jax.lax.fori_loop(0, num_pieces, one, jnp.full(shape, none, jnp.int32))
-    return jnp.min(first, axis=1, keepdims=True)
+    return jnp.min(first, **keep)
 
 
-def _invert(read, kept, sum_of, num_pieces, shape, target) -> tuple[Int[Array, "R 1"], Float[Array, "R 1"]]:
+def _invert(
+    read, kept, sum_of, num_pieces, shape, target, first_of, keep
+) -> tuple[Int[Array, "R 1"], Float[Array, "R 1"]]:
     """The first token with weight at which the sum of weights exceeds the target, the last one with weight if rounding
     leaves none; and its logit."""
     columns = _columns(shape)
@@ -222,8 +228,8 @@ def _invert(read, kept, sum_of, num_pieces, shape, target) -> tuple[Int[Array, "
             jnp.where(take & (end > target), 1, found),
             jnp.where(take, j, piece),
             before,
-            jnp.where(take, read(j), logits),
-            jnp.where(take, here, weights),
+            jnp.where(jnp.broadcast_to(take, shape), read(j), logits),
+            jnp.where(jnp.broadcast_to(take, shape), here, weights),
         )
 
     zeros = jnp.zeros(shape, jnp.float32)
@@ -234,6 +240,6 @@ def _invert(read, kept, sum_of, num_pieces, shape, target) -> tuple[Int[Array, "
         return before + sum_of(jnp.where(columns <= column, weights, 0.0)) > target
 
     # A column without weight adds nothing, so the first one that exceeds has weight.
-    last = jnp.max(jnp.where(weights > 0, columns, 0), axis=1, keepdims=True)
-    column = smallest(whole, last, exceeds, shape[1].bit_length())
-    return piece * shape[1] + column, sum_of(jnp.where(columns == column, logits, 0.0))
+    last = jnp.max(jnp.where(weights > 0, columns, 0), **keep)
+    column = smallest(whole, last, exceeds, shape[-1].bit_length())
+    return first_of(piece) + column, sum_of(jnp.where(columns == column, logits, 0.0))

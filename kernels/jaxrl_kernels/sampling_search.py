@@ -63,11 +63,19 @@ def smallest_float(
 
 def _to_place(x: Float[Array, "*B"]) -> Int[Array, "*B"]:
     """Integers in the order of the floats: the bits, of negative numbers all but the sign turned around."""
-    return _turn(jax.lax.bitcast_convert_type(x, jnp.int32))
+    return _turn(_bitcast(x, jnp.int32))
 
 
 def _to_float(place: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    return jax.lax.bitcast_convert_type(_turn(place), jnp.float32)
+    return _bitcast(_turn(place), jnp.float32)
+
+
+def _bitcast(x: Array, dtype: jnp.dtype) -> Array:
+    """The same bits. A number alone, which a kernel on Hopper holds for its row, goes through a vector: Mosaic casts
+    no other."""
+    if x.ndim:
+        return jax.lax.bitcast_convert_type(x, dtype)
+    return jnp.max(jax.lax.bitcast_convert_type(jnp.broadcast_to(x, 128), dtype))
 
 
 def _turn(bits: Int[Array, "*B"]) -> Int[Array, "*B"]:

@@ -18,7 +18,7 @@ from jaxrl_kernels.sampling_search import Filters
 
 V = 300  # two whole blocks and a part
 ALL = Filters(temperature=0.7, top_k=40, top_p=0.9, min_p=0.02)
-KERNELS = ["interpret_tpu", "interpret_gpu"]
+KERNELS = ["interpret_tpu", "interpret_gpu", "interpret_mosaic"]
 
 draw_jit = functools.partial(jax.jit, static_argnums=(2, 3))(draw)
 filter_jit = functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p", "min_p"))(filter_logits)
@@ -79,7 +79,7 @@ def test_frequencies():
     assert chi_square < V - 1 + 4 * np.sqrt(2 * (V - 1))
 
 
-@pytest.mark.parametrize("vocab", [V, 4200])  # one piece, or three of the TPU's and two of the GPU's
+@pytest.mark.parametrize("vocab", [V, 4200])  # one piece, or two or three of them
 @pytest.mark.parametrize("filters", [Filters(), ALL, ALL._replace(greedy=True)], ids=["none", "all", "greedy"])
 @pytest.mark.parametrize("implementation", ["reference", *KERNELS])
 def test_versions_agree(implementation, filters, vocab):
@@ -170,6 +170,9 @@ def test_lowers_with_the_kernel_of_the_platform(platform, dtype):
     sample = functools.partial(sample_tokens, temperature=0.7, top_k=50, top_p=0.9, min_p=0.05)
     text = export_for(platform, sample, logits, keys).mlir_module()
     assert "@tpu_custom_call" in text if platform == "tpu" else "__gpu$xla.gpu.triton" in text
+    if platform == "cuda":
+        text = export_for(platform, functools.partial(sample, implementation="mosaic_gpu"), logits, keys).mlir_module()
+        assert "@mosaic_gpu_v2(" in text and "triton" not in text
 
 
 @pytest.mark.parametrize(
