@@ -23,3 +23,14 @@ def compile_each_interpreted_kernel_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(thread_map, "_run_jaxpr", run)
         yield
+
+
+@pytest.fixture(autouse=True)
+def compile_interpreters_quickly(request):
+    """Kernels under an interpreter are compiled without XLA's optimizations: the kernel is tested, not the code that
+    stands in for a GPU or a TPU. What runs on a CPU in earnest is compiled as ever."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    quick = str(parameters.get("implementation")).startswith("interpret")
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
