@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm.envs import CHAT, ToolEnv
 from jaxrl_llm.models import DecoderConfig, load_tokenizer, make_decoder, render_chat
-from jaxrl_llm.sampling import PolicyServer, score_rollout
+from jaxrl_llm.sampling import PolicyServer, host_rollout, rollout_spans, score_rollout
 from jaxrl_llm.tools import call_tool, policy_tool
 from jaxrl_llm.types import Decoding
 
@@ -102,6 +103,30 @@ def test_a_policy_as_a_tool(params):
         assert too_long.error == "failed" and "a prompt of" in too_long.text
     closed = call_tool([expert], "expert", {"request": "one"})
     assert closed.error == "failed" and "the policy server is not open" in closed.text
+
+
+def test_a_policy_as_the_user_of_another(params):
+    """Two policies decode at a time, each in its session; both have rollouts to be trained on."""
+    with serve(params) as server:
+
+        def user(trajectory):
+            heard = [{"role": "user", "content": turn.answer or "."} for turn in trajectory.turns[-1:]]
+            return server.chat(heard) if len(trajectory.turns) < 3 else None
+
+        env = ToolEnv(protocol=CHAT, tokenizer=TOKENIZER, user=user, reward=lambda trajectory: len(trajectory.turns))
+        rollout, episodes = host_rollout(
+            MODEL, params, env, list("abcdef"), jax.random.key(2), tokenizer=TOKENIZER, max_length=256, max_turns=4,
+            max_turn_tokens=8, stop_sequences=env.stop_sequences, num_slots=4, render_error=env.render_error,
+        )  # fmt: skip
+        replies = server.take_rollout(lambda reply: 0.0)
+    assert rollout.rewards.tolist() == [3] * 6 and not any(episode.errors for episode in episodes)
+    assert len(replies.rewards) == 12
+    said = {TOKENIZER.decode(replies.tokens[row][replies.mask[row]]).removesuffix("<|im_end|>") for row in range(12)}
+    for row in range(6):
+        spans = rollout_spans(rollout, row, TOKENIZER)
+        assert [span.role for span in spans] == ["prompt", *["policy", "observation"] * 2, "policy"]
+        heard = [span.text.split("user\n")[1].split("<|im_end|>")[0] for span in spans if span.role == "observation"]
+        assert all(any(text.strip() in reply for reply in said) for text in heard)
 
 
 def test_bad_input(params):
