@@ -38,7 +38,10 @@ def launch(
     Under the semantics of warpgroups Mosaic finds the layouts itself."""
     parameters = plgpu.CompilerParams(approx_math=approx_math, lowering_semantics=semantics)
     interpreter = _interpreter() if interpret else False
-    return plgpu.kernel(kernel, thread_name="warpgroup", compiler_params=parameters, interpret=interpreter, **options)
+    function = getattr(kernel, "func", kernel)  # of a partial
+    name = f"{function.__module__.rpartition('.')[2]}_{function.__name__.strip('_')}"  # in profiles
+    options |= {"thread_name": "warpgroup", "kernel_name": name}
+    return plgpu.kernel(kernel, compiler_params=parameters, interpret=interpreter, **options)
 
 
 def shared(*shape: int, dtype: Any) -> Any:
@@ -62,7 +65,7 @@ def places(shape: tuple[int, int], interpret: bool) -> Int[Array, "M N"]:
 
 def load(reference: Any, layout: Any, interpret: bool) -> Array:
     """A row or column from shared memory."""
-    return reference[...] if interpret else plgpu.load(reference, (), layout=layout)
+    return reference[...] if interpret else plgpu.layout_cast(reference[...], layout)
 
 
 def read(reference: Any, interpret: bool, layout: Any = None) -> Array:
