@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrl_kernels import logprob_gpu, logprob_hopper, logprob_tpu, logprob_xla
+from jaxrl_kernels.bench.aot import compiler_of, device_of
 from jaxrl_kernels.dispatch import export_for
 from jaxrl_kernels.logprob import fused_logprob, fused_top_k
 from jaxrl_kernels.logprob_math import Options
@@ -316,22 +316,22 @@ def test_all_logits_never_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_compiles_for_tpus(topology):
-    """8192 rows of 3584 with a vocabulary of 152064: at most a twentieth of one float32 array of logits (the plain head
-    holds one of them and a little)."""
-    pytest.importorskip("libtpu")
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100"])
+def test_compiles_for_accelerators(chip):
+    """8192 rows of 3584 with a vocabulary of 152064: at most a twentieth of what the plain head holds, which is
+    one float32 array of logits and a little, and two of them on a GPU."""
+    pytest.importorskip(compiler_of(chip))
+    implementation, call = ("mosaic_gpu", "mosaic_gpu") if chip == "h100" else ("pallas_tpu", "tpu_custom_call")
+    sharding = jax.sharding.SingleDeviceSharding(device_of(chip))
     shapes = [((8192, 3584), jnp.bfloat16), ((152064, 3584), jnp.bfloat16), ((8192,), jnp.int32)]
 
     def loss(hidden, head, targets):
-        return jnp.sum(fused_logprob(hidden, head, targets))
+        return jnp.sum(fused_logprob(hidden, head, targets, implementation=implementation))
 
     lowered = jax.jit(jax.grad(loss, (0, 1))).lower(*(jax.ShapeDtypeStruct(*s, sharding=sharding) for s in shapes))
     compiled = lowered.compile()
-    assert "tpu_custom_call" in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < 8192 * 152064 * 4 / 20
+    assert call in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < (2 if chip == "h100" else 1) * 8192 * 152064 * 4 / 20
 
 
 def test_empty():
