@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=256)
     parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--in-flight", type=int, help="episodes under way; by default twice the slots")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
     parser.add_argument("--timeout", type=float, default=0.2, help="seconds that an attempt may take")
     parser.add_argument("--time-outs", type=float, default=0.02, help="share of attempts that hang")
@@ -73,8 +74,8 @@ def main() -> None:
         start = time.perf_counter()
         sampled, episodes = host_rollout(
             model, params, env, range(args.rollouts), jax.random.key(1), tokenizer=tokenizer, max_length=192,
-            max_turns=TURNS, max_turn_tokens=TURN_TOKENS, num_slots=args.slots, max_observation=32,
-            call_limits=CallLimits(timeout=args.timeout, retries=1, backoff=0.01),
+            max_turns=TURNS, max_turn_tokens=TURN_TOKENS, num_slots=args.slots, in_flight=args.in_flight,
+            max_observation=32, call_limits=CallLimits(timeout=args.timeout, retries=1, backoff=0.01),
         )  # fmt: skip
         jax.block_until_ready(sampled)
         return time.perf_counter() - start, sampled, episodes

@@ -25,6 +25,7 @@ def agents_rollout(
     decoding: Decoding = Decoding(),
     group_size: int = 1,
     num_slots: int = 64,
+    in_flight: int | None = None,
     steps: int = 8,
     call_limits: CallLimits = CALL_LIMITS,
     max_observation: int = 512,
@@ -70,6 +71,6 @@ def agents_rollout(
     rules = Rules(max_length, max_turns, max_observation, max_calls, max_seconds, call_limits, render_error)
     stage = Stage(
         roles, env.reset, env.step, read_start, read_answer, key, rules=rules, decoding=decoding, num_slots=num_slots,
-        steps=steps, session_options=session_options or {},
+        in_flight=in_flight, steps=steps, session_options=session_options or {},
     )  # fmt: skip
     return stage.play(tasks, group_size)

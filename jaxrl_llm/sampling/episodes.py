@@ -138,7 +138,7 @@ class Stage:
       reset, step: `reset(task)` and `step(state, role, text)` of the environment, plain or async.
       read_start, read_answer: `(what reset returned) -> (state, first move)` and `(what step returned, task, role, its
         row) -> Answer`. They raise ValueError for what is no answer.
-      key, rules, decoding, num_slots, steps: as in `host_rollout`.
+      key, rules, decoding, num_slots, in_flight, steps: as in `host_rollout`.
       session_options: further arguments of `Session`.
     """
 
@@ -154,13 +154,15 @@ class Stage:
         rules: Rules,
         decoding: Decoding,
         num_slots: int,
+        in_flight: int | None,
         steps: int,
         session_options: Mapping[str, Any],
     ) -> None:
-        check_sizes(num_slots=num_slots, steps=steps)
+        in_flight = 2 * num_slots if in_flight is None else in_flight
+        check_sizes(num_slots=num_slots, in_flight=in_flight, steps=steps)
         self.roles, self.reset, self.step = roles, reset, step
         self.read_start, self.read_answer = read_start, read_answer
-        self.rules, self.decoding, self.num_slots, self.steps = rules, decoding, num_slots, steps
+        self.rules, self.decoding, self.in_flight, self.steps = rules, decoding, in_flight, steps
         _, key = jax.random.split(key)  # as in `rollout`, where the first half is the environment's
         self.sessions: dict[str, Session] = {}
         shared: dict[Any, Session] = {}
@@ -171,7 +173,7 @@ class Stage:
                 shared[like] = Session(
                     role.model, key, max_length=rules.max_length, max_turn_tokens=role.max_turn_tokens,
                     stop_sequences=stops, decoding=decoding, constraint=role.constraint, num_slots=num_slots,
-                    **session_options,
+                    **{"num_rows": in_flight, **session_options},
                 )  # fmt: skip
             self.sessions[name] = shared[like]
         self.plays: list[_Play] = []
@@ -186,7 +188,7 @@ class Stage:
             waiting = self._reset(tasks, group_size, begin_call)
             self.plays, under_way = [play for play, _ in waiting], 0
             while True:
-                under_way += self._take_in(waiting, 2 * self.num_slots - under_way, group_size)
+                under_way += self._take_in(waiting, self.in_flight - under_way, group_size)
                 self._decode(begin_call)
                 idle = all(session.idle for session in self.sessions.values())
                 if idle and not self.calls and not waiting:

@@ -76,6 +76,7 @@ def host_rollout(
     constraint: Constraint | None = None,
     group_size: int = 1,
     num_slots: int = 64,
+    in_flight: int | None = None,
     steps: int = 8,
     call_limits: CallLimits = CALL_LIMITS,
     max_observation: int = 512,
@@ -102,7 +103,9 @@ def host_rollout(
       key: consumed.
       tokenizer: of the policy, for prompts, turns and observations.
       max_length, max_turns, max_turn_tokens, stop_sequences, decoding, constraint, group_size: as in `rollout`.
-      num_slots: rows decoded side by side. Twice as many episodes are under way, as those that wait need no slot.
+      num_slots: rows decoded side by side.
+      in_flight: episodes under way, by default twice as many as slots: those that wait for a call need no slot, but
+        they hold pages of the cache. The slower the calls, the more.
       steps: decode steps between two looks at the calls. Fewer answer sooner, more cost less.
       call_limits: time-outs, retries and how many calls run at a time. A call that fails for good becomes an
         observation of `render_error(message)` with reward 0, and its episode goes on in the state it was in.
@@ -114,7 +117,7 @@ def host_rollout(
       edit_context: called between turns. None goes on; a text replaces the observation; a `NewContext` ends the row and
         begins another with that prompt. The rows of an episode share `rollout_ids` and are numbered by
         `row_of_episode`.
-      session_options: further arguments of `Session`: `page_size`, `num_pages`, `cache_dtype`.
+      session_options: further arguments of `Session`: `page_size`, `num_rows`, `num_pages`, `cache_dtype`.
 
     Returns:
       The rollout, a row per episode or, where contexts were replaced, several that follow each other; and an `Episode`
@@ -150,6 +153,6 @@ def host_rollout(
     rules = Rules(max_length, max_turns, max_observation, max_calls, max_seconds, call_limits, render_error)
     stage = Stage(
         {POLICY: policy}, env.reset, step, read_start, read_answer, key, rules=rules, decoding=decoding,
-        num_slots=num_slots, steps=steps, session_options=session_options or {},
+        num_slots=num_slots, in_flight=in_flight, steps=steps, session_options=session_options or {},
     )  # fmt: skip
     return stage.play(tasks, group_size)

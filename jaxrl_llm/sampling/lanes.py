@@ -60,7 +60,6 @@ def advance_lanes(
     steps: int,
     key_impl: str,
 ) -> tuple[Moved, Cache]:
-    """Up to `steps` decode steps of all lanes, fewer once an eighth of those in use has ended a turn."""
     """Up to `steps` decode steps, fewer once an eighth of the active lanes has ended its turn; what was drawn, and the
     pages with what was computed."""
     num, length = lanes.tokens.shape

@@ -51,8 +51,9 @@ class Session:
       constraint: what may be drawn, None for everything.
       num_slots: rows decoded side by side.
       page_size: places of a page. Smaller ones share more, larger ones are read faster; a TPU wants multiples of 128.
-      num_pages: in all; by default room for twice as many full rows as there are slots. With fewer, rows are computed
-        again more often.
+      num_rows: full rows that there are pages for, by default twice as many as slots. With more rows under way, those
+        that were longest without a slot are computed again.
+      num_pages: in all, in place of what `num_rows` take.
       cache_dtype: of keys and values.
 
     Raises:
@@ -71,6 +72,7 @@ class Session:
         constraint: Constraint | None = None,
         num_slots: int = 64,
         page_size: int | None = None,
+        num_rows: int | None = None,
         num_pages: int | None = None,
         cache_dtype: DTypeLike = jnp.float32,
     ) -> None:
@@ -83,7 +85,8 @@ class Session:
         # an adapter may keep places before the first token for itself
         self._offset = jax.eval_shape(lambda: model.init_cache(1, 1))[0]["values"].shape[2] - 1
         self._table_width = self._pages_for(max_length)
-        num_pages = 2 * num_slots * self._table_width if num_pages is None else num_pages
+        num_rows = 2 * num_slots if num_rows is None else num_rows
+        num_pages = num_rows * self._table_width if num_pages is None else num_pages
         if num_pages < self._table_width:
             raise ValueError(
                 f"num_pages={num_pages} of {page_size} places cannot hold a row of {max_length} tokens; "
