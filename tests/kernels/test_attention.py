@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_kernels import attention_tpu
+from jaxrl_kernels import attention_tpu, dispatch
 from jaxrl_kernels.attention import flash_attention, make_marks
 from jaxrl_kernels.attention_mask import Options, block_bounds, visible, whole_bounds
 from jaxrl_kernels.bench.aot import device_of
@@ -302,6 +302,15 @@ def test_exports_the_hopper_kernels_by_name(width):
 
     text = export_for("cuda", jax.grad(loss, (0, 1, 2)), *[shape] * 3).mlir_module()
     assert text.count("@mosaic_gpu_v2(") == 3 and "triton" not in text
+
+
+@pytest.mark.parametrize(("dtype", "call"), [(jnp.bfloat16, "mosaic_gpu_v2"), (jnp.float32, "triton")], ids=str)
+def test_a_hopper_gpu_takes_its_kernels_by_itself(dtype, call, monkeypatch):
+    """Where they take the dtype; a shape that no other test has, as the choice is kept with what was traced."""
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: "9.0")
+    shape, segments = jax.ShapeDtypeStruct((1, 190, 2, 64), dtype), jnp.zeros((1, 190), jnp.int32)
+    attend = functools.partial(flash_attention, segment_ids=segments)
+    assert call in export_for("cuda", attend, *[shape] * 3).mlir_module()
 
 
 @pytest.mark.slow
