@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_llm.models import LoraConfig, apply_lora, apply_prefix
+from jaxrl_llm.ops import importance_weights
 from jaxrl_llm.sampling import Session, constrain, rows_to_rollout, score_rollout, token_trie
 from jaxrl_llm.sampling import session as session_module
 from jaxrl_llm.types import Decoding
@@ -163,11 +164,18 @@ def test_weights_in_flight(params):
     session.release(row)  # computed again under the weights of the next call, as a full pass has it
     session.advance(other, version=8, steps=20)
     assert row.versions[row.mask].tolist() == [7] * 5 + [8] * 7 and np.all(row.versions[~row.mask] == -1)
+    rollout = rows_to_rollout([row], decoding=Decoding(), group_ids=[0])
     for version, weights in ((7, params), (8, other)):
-        rollout = rows_to_rollout([row], decoding=Decoding(), group_ids=[0])
         scored = score(MODEL, weights, rollout)
         drawn = row.versions == version
         np.testing.assert_allclose(scored[0][drawn], row.logprobs[drawn], atol=1e-4)
+    # what corrects for it under the newest weights: 1 where they drew the token, else the ratio, at most the cap
+    corrected = importance_weights(scored, rollout.logprobs, rollout.mask, cap=2.0)[0]
+    np.testing.assert_allclose(corrected[row.versions == 8], 1, atol=2e-4)
+    older = row.versions == 7
+    np.testing.assert_allclose(
+        corrected[older], np.minimum(np.exp(scored[0][older] - row.logprobs[older]), 2), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
