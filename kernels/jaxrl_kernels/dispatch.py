@@ -73,7 +73,13 @@ def choose(
     def refuse(*arrays: Any) -> Any:
         shapes = jax.eval_shape(version, *arrays)
         number = _refuse.bind(message=message)
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(number, leaf.shape).astype(leaf.dtype), shapes)
+
+        def typed(leaf: Any) -> Any:  # under `shard_map`, differing between devices where the version's result does
+            array = jnp.broadcast_to(number, leaf.shape).astype(leaf.dtype)
+            axes = tuple(leaf.manual_axis_type.varying) if leaf.manual_axis_type else ()
+            return jax.lax.pcast(array, axes, to="varying") if axes else array
+
+        return jax.tree.map(typed, shapes)
 
     return lambda *arrays: jax.lax.platform_dependent(*arrays, default=refuse, **{platform: version})
 

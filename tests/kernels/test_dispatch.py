@@ -86,6 +86,15 @@ def test_refuses_another_platform(name, platform, wrap):
         run(name, wrap)
 
 
+def test_by_name_between_devices():
+    """Under `shard_map`, whose types say what differs between devices: the refusal has the type of the version."""
+    place = jax.sharding.PartitionSpec("device")
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("device",))
+    chosen = choose("pallas_gpu", cpu=add(11.0), gpu=add(13.0))
+    split = jax.shard_map(chosen, mesh=mesh, in_specs=place, out_specs=place)
+    assert "dense<1.3" in jax.export.export(jax.jit(split), platforms=["cuda"])(X).mlir_module()
+
+
 def test_refuses_unknown_names():
     with pytest.raises(ValueError, match='one of "xla", "pallas_tpu", "pallas_gpu", "reference"; got .trition.'):
         run("trition")
