@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxrl_llm.sampling.episodes import Move
+from jaxrl_llm.sampling.moves import Move
 
 
 class DeviceEnv(Protocol):

@@ -11,20 +11,32 @@ from jaxrl_llm.sampling.constraints import (
     token_trie,
 )
 from jaxrl_llm.sampling.device import rollout
-from jaxrl_llm.sampling.episodes import Episode, Move, Role
 from jaxrl_llm.sampling.grammars import json_schema_automaton, regex_automaton
 from jaxrl_llm.sampling.host import Context, NewContext, host_rollout
+from jaxrl_llm.sampling.moves import Episode, Fork, Move, Role
 from jaxrl_llm.sampling.rows import Row, rows_to_rollout
 from jaxrl_llm.sampling.score import rollout_hidden, score_rollout
 from jaxrl_llm.sampling.server import PolicyServer, Reply
 from jaxrl_llm.sampling.session import Session
 from jaxrl_llm.sampling.transcripts import rollout_spans, transcripts, write_transcripts
+from jaxrl_llm.sampling.trees import (
+    own_mask,
+    path_weights,
+    random_positions,
+    split_evenly,
+    surprising_positions,
+    tree_rollout,
+    turn_starts,
+    uncertain,
+    unsolved,
+)
 
 __all__ = [
     "CallLimits",
     "Constraint",
     "Context",
     "Episode",
+    "Fork",
     "Move",
     "NewContext",
     "PolicyServer",
@@ -38,14 +50,23 @@ __all__ = [
     "host_rollout",
     "json_schema_automaton",
     "next_states",
+    "own_mask",
+    "path_weights",
+    "random_positions",
     "regex_automaton",
     "rollout",
     "rollout_hidden",
     "rollout_spans",
     "rows_to_rollout",
     "score_rollout",
+    "split_evenly",
     "start_states",
+    "surprising_positions",
     "token_trie",
     "transcripts",
+    "tree_rollout",
+    "turn_starts",
+    "uncertain",
+    "unsolved",
     "write_transcripts",
 ]

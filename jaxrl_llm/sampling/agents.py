@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from jaxrl_llm.sampling.calls import CallLimits
-from jaxrl_llm.sampling.episodes import Answer, Episode, Move, Role, Rules, Stage
+from jaxrl_llm.sampling.episodes import Stage
 from jaxrl_llm.sampling.host import CALL_LIMITS, RENDER_ERROR, RenderError
+from jaxrl_llm.sampling.moves import Answer, Episode, Move, Role, Rules
 from jaxrl_llm.sampling.rows import Row
 from jaxrl_llm.types import Decoding, Rollout
 

@@ -17,100 +17,16 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 
-from jaxrl_llm.models.decoder import Model
-from jaxrl_llm.models.tokenizer import Tokenizer
-from jaxrl_llm.sampling.calls import CallLimits, Outcome, Start, caller
-from jaxrl_llm.sampling.constraints import Constraint
+from jaxrl_llm.sampling.calls import Outcome, Start, caller
+from jaxrl_llm.sampling.moves import Answer, Episode, Fork, Grow, Move, Role, Rules, Stopped
 from jaxrl_llm.sampling.rows import Row, rows_to_rollout
 from jaxrl_llm.sampling.session import Session
 from jaxrl_llm.sampling.slots import check_prompts, check_sizes, check_stops
 from jaxrl_llm.types import Decoding, Params, Rollout
-
-Stopped = Literal["turns", "tokens", "calls", "seconds"]
-
-
-class Role(NamedTuple):
-    """A policy that takes part in episodes.
-
-    Attributes:
-      model, params: of the policy. `params` may be a function `() -> (params, version)`, which is asked before each few
-        decode steps, so that weights may change while episodes are played.
-      tokenizer: of what it reads and writes.
-      max_turn_tokens, stop_sequences: where its turns end.
-      constraint: what it may write, None for everything.
-    """
-
-    model: Model
-    params: Params | Callable[[], tuple[Params, int]]
-    tokenizer: Tokenizer
-    max_turn_tokens: int
-    stop_sequences: Sequence[Sequence[int]] = ()
-    constraint: Constraint | None = None
-
-
-class Move(NamedTuple):
-    """What an environment asks for next.
-
-    Attributes:
-      role: who speaks.
-      text: what it reads: an observation behind its context, or the prompt of a context if it has none yet.
-      fresh: begin a new context with `text`, whatever the role has read so far. The old one becomes a row of its own.
-    """
-
-    role: str
-    text: str
-    fresh: bool = False
-
-
-class Answer(NamedTuple):
-    """An environment's answer to a turn: its next state, the next move, what roles are paid, whether it is over."""
-
-    state: Any
-    move: Move
-    rewards: Mapping[str, float]
-    done: bool
-
-
-@dataclasses.dataclass
-class Episode:
-    """What the environment's side of an episode was like.
-
-    Attributes:
-      calls: attempts, retries included.
-      errors: the errors that a policy was shown, one for each call that failed for good.
-      cut_tokens: tokens of observations that were left out because they were too long.
-      stopped: the limit that ended the episode before the environment did: "turns", "tokens" (what was to be read left
-        no room), "calls" or "seconds"; None otherwise. Rows that were open then are `truncated` in the rollout.
-    """
-
-    calls: int = 0
-    errors: list[str] = dataclasses.field(default_factory=list)
-    cut_tokens: int = 0
-    stopped: Stopped | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """Where an episode ends at the latest, and how its calls are made; as in `host_rollout`."""
-
-    max_length: int
-    max_turns: int
-    max_observation: int
-    max_calls: int | None
-    max_seconds: float | None
-    call_limits: CallLimits
-    render_error: Callable[[str], str]
-
-    def __post_init__(self) -> None:
-        check_sizes(max_turns=self.max_turns, max_observation=self.max_observation)
-        if self.max_calls is not None and self.max_calls < 1:
-            raise ValueError(f"max_calls must be at least 1 or None, got {self.max_calls}")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ValueError(f"max_seconds must be positive or None, got {self.max_seconds}")
 
 
 @dataclasses.dataclass(eq=False)
@@ -179,22 +95,60 @@ class Stage:
         self.plays: list[_Play] = []
         self.owners: dict[Row, _Play] = {}
         self.calls: dict[_Play, Future[Outcome]] = {}
+        # before each turn of a row: the environment's state, and how many turns its episode had behind it
+        self.moments: dict[Row, list[tuple[Any, int]]] = {}
         self.prompts: dict[int, Row] = {}  # a row of each group, whose prompt the others share
 
-    def play(self, tasks: Sequence[Any], group_size: int) -> tuple[Rollout, list[Episode]]:
-        """Plays `group_size` episodes of every task, to the end of all of them."""
+    def play(self, tasks: Sequence[Any], group_size: int, grow: Grow | None = None) -> tuple[Rollout, list[Episode]]:
+        """Plays `group_size` episodes of every task, to the end of all of them; then those that `grow` asks for, again
+        and again, until it asks for none."""
         check_sizes(num_tasks=len(tasks), group_size=group_size)
         with caller(self.rules.call_limits) as begin_call:
             waiting = self._reset(tasks, group_size, begin_call)
-            self.plays, under_way = [play for play, _ in waiting], 0
-            while True:
-                under_way += self._take_in(waiting, self.in_flight - under_way, group_size)
-                self._decode(begin_call)
-                idle = all(session.idle for session in self.sessions.values())
-                if idle and not self.calls and not waiting:
-                    return self._rollout(), [play.report for play in self.plays]
-                for play, outcome in self._collect(wait=idle):
-                    under_way -= self._respond(play, outcome)
+            self.plays = [play for play, _ in waiting]
+            self._run(waiting, group_size, begin_call)
+            while grow is not None and (forks := grow(self._rows_by_group(len(tasks)))):
+                for fork in forks:
+                    self._fork(fork, begin_call)
+                self._run(waiting, group_size, begin_call)
+        self.plays.sort(key=lambda play: play.group)  # a group side by side, parents before their children
+        return self._rollout(), [play.report for play in self.plays]
+
+    def _run(self, waiting: collections.deque[tuple[_Play, list[int]]], group_size: int, begin_call: Start) -> None:
+        """Plays what waits and what has begun to its end."""
+        under_way = 0
+        while True:
+            under_way += self._take_in(waiting, self.in_flight - under_way, group_size)
+            self._decode(begin_call)
+            idle = all(session.idle for session in self.sessions.values())
+            if idle and not self.calls and not waiting:
+                return
+            for play, outcome in self._collect(wait=idle):
+                under_way -= self._respond(play, outcome)
+
+    def _rows_by_group(self, num_groups: int) -> list[list[Row]]:
+        groups: list[list[Row]] = [[] for _ in range(num_groups)]
+        for play in self.plays:
+            groups[play.group] += [row for _, row in play.pieces]
+        return groups
+
+    def _fork(self, fork: Fork, begin_call: Start) -> None:
+        """Episodes that go on from a place in a turn of an earlier one, in the state in which that turn was made."""
+        row, position, children = fork
+        if row not in self.owners:
+            raise ValueError("a fork names a row that is not of this rollout; take rows from those that are given")
+        turns = list(zip(row.turn_starts, row.turn_ends, strict=True))
+        if not any(start <= position <= end for start, end in turns):
+            raise ValueError(f"a fork at position={position}: expected a place in one of the row's turns, {turns}")
+        parent, role = self.owners[row], self.owners[row].speaker
+        for child in self.sessions[role].fork(row, position, children):
+            moments = self.moments[row][: len(child.turn_rewards) + 1]
+            state, turn = moments[-1]
+            play = _Play(len(self.plays), parent.group, parent.task, state, role, turns=turn)
+            self.plays.append(play)
+            self._open(play, role, child, moments)
+            if child.status == "waiting":
+                self._ask(play, child, begin_call)
 
     def _reset(
         self, tasks: Sequence[Any], group_size: int, begin_call: Start
@@ -244,11 +198,15 @@ class Stage:
                 f"role {role!r} was given a prompt without tokens: the first has nothing to be sampled from"
             )
         # no number twice: one for each piece of each episode
-        number = play.number + len(play.pieces) * len(self.plays)
+        number = play.number + (len(play.pieces) << 20)
         row = self.sessions[role].add(prompt, number=number, share=share, group=play.group)
+        self._open(play, role, row, [(play.state, play.turns)])
+        return row
+
+    def _open(self, play: _Play, role: str, row: Row, moments: list[tuple[Any, int]]) -> None:
         play.contexts[role], play.speaker, self.owners[row] = row, role, play
         play.pieces.append((role, row))
-        return row
+        self.moments[row] = moments
 
     def _policy(self, role: str) -> tuple[Params, int]:
         params = self.roles[role].params
@@ -263,13 +221,15 @@ class Stage:
                 params, version = self._policy(role)
                 ended += session.advance(params, version=version, steps=self.steps)
         for row in ended:
-            play = self.owners[row]
-            text = self.roles[play.speaker].tokenizer.decode(row.turn_tokens)
-            self.calls[play] = begin_call(self.step, play.state, play.speaker, text)
+            self._ask(self.owners[row], row, begin_call)
         if self.rules.max_seconds is not None:
             for row, play in self.owners.items():
-                if play.started is None and row.known > row.prompt_length:
+                if play.started is None and row.known > max(row.prompt_length, row.fork_position):
                     play.started = began
+
+    def _ask(self, play: _Play, row: Row, begin_call: Start) -> None:
+        text = self.roles[play.speaker].tokenizer.decode(row.turn_tokens)
+        self.calls[play] = begin_call(self.step, play.state, play.speaker, text)
 
     def _collect(self, *, wait: bool) -> list[tuple[_Play, Outcome | None]]:
         """Takes out the calls that have come back; None for those whose episode has run out of time. With `wait`, not
@@ -330,6 +290,7 @@ class Stage:
             if len(tokens) >= session.room(row):
                 return self._end(play, "tokens")
             session.observe(row, tokens, play.owed.pop(move.role, 0.0))
+            self.moments[row].append((play.state, play.turns))
             play.speaker = move.role
             return False
         if len(tokens) >= self.rules.max_length:
@@ -349,13 +310,14 @@ class Stage:
         """All rows, those of an episode one after another in the order in which they began."""
         pieces = [(play, piece, *entry) for play in self.plays for piece, entry in enumerate(play.pieces)]
         plays, places, roles, rows = zip(*pieces, strict=True)
+        episode = {play: index for index, play in enumerate(self.plays)}
         return rows_to_rollout(
             rows,
             decoding=self.decoding,
             group_ids=[play.group for play in plays],
             num_turns=self.rules.max_turns,
             constrained=any(role.constraint is not None for role in self.roles.values()),
-            rollout_ids=[play.number for play in plays],
+            rollout_ids=[episode[play] for play in plays],
             row_of_episode=places,
             agent_ids=[list(self.roles).index(role) for role in roles],
         )

@@ -13,7 +13,8 @@ from jaxrl_llm.models.decoder import Model
 from jaxrl_llm.models.tokenizer import Tokenizer
 from jaxrl_llm.sampling.calls import CallLimits
 from jaxrl_llm.sampling.constraints import Constraint
-from jaxrl_llm.sampling.episodes import Answer, Episode, Move, Role, Rules, Stage
+from jaxrl_llm.sampling.episodes import Stage
+from jaxrl_llm.sampling.moves import Answer, Episode, Grow, Move, Role, Rules
 from jaxrl_llm.sampling.rows import Row
 from jaxrl_llm.sampling.transcripts import token_spans
 from jaxrl_llm.types import Decoding, Params, Rollout, Span
@@ -84,6 +85,7 @@ def host_rollout(
     max_seconds: float | None = None,
     render_error: RenderError = RENDER_ERROR,
     edit_context: EditContext | None = None,
+    grow: Grow | None = None,
     session_options: Mapping[str, Any] | None = None,
 ) -> tuple[Rollout, list[Episode]]:
     """Plays `group_size` episodes of every task, as `rollout` does, against an environment on strings.
@@ -117,11 +119,13 @@ def host_rollout(
       edit_context: called between turns. None goes on; a text replaces the observation; a `NewContext` ends the row and
         begins another with that prompt. The rows of an episode share `rollout_ids` and are numbered by
         `row_of_episode`.
+      grow: once all episodes are over, called with the rows of each task. It says where further ones branch off, and is
+        called again when those are over, until it names none. `tree_rollout` has budgets and policies for this.
       session_options: further arguments of `Session`: `page_size`, `num_rows`, `num_pages`, `cache_dtype`.
 
     Returns:
       The rollout, a row per episode or, where contexts were replaced, several that follow each other; and an `Episode`
-      for each episode.
+      for each episode, in the order of `rollout_ids`.
 
     Raises:
       ValueError: no tasks, a size that is not positive, prompts that leave no room in `max_length`, or an answer of the
@@ -155,4 +159,4 @@ def host_rollout(
         {POLICY: policy}, env.reset, step, read_start, read_answer, key, rules=rules, decoding=decoding,
         num_slots=num_slots, in_flight=in_flight, steps=steps, session_options=session_options or {},
     )  # fmt: skip
-    return stage.play(tasks, group_size)
+    return stage.play(tasks, group_size, grow)
