@@ -76,7 +76,6 @@ def forward(
         jnp.full(1, num_rows, jnp.int32) if count is None else count[None].astype(jnp.int32),
         *_entries(bias),
         pad_rows(targets, long).T,
-        name="fused_logprob",
         interpret=interpret,
     )
     inside = jnp.arange(num_rows) < (num_rows if count is None else count)
@@ -114,7 +113,6 @@ def gradient_block(
         *(pad_rows(x, long).T for x in (targets, to_picked)),
         *(pad_rows(x, long) for x in numbers),
         out=shared(2, HALF, OUT_ENTRIES, dtype=rows.dtype),
-        name="fused_logprob_gradient",
         interpret=interpret,
     )
     return out[:num_rows, :vocab]
@@ -137,7 +135,6 @@ def _call(
     operands: tuple[Array, Array],
     out_type: list[jax.ShapeDtypeStruct],
     *arrays: Array,
-    name: str,
     interpret: bool,
     **scratch: Any,
 ) -> Any:
@@ -165,7 +162,6 @@ def _call(
         # an approximate tanh has 11 bits; an approximate exponential has 22
         approx_math=options.softcap is None,
         semantics=plgpu.LoweringSemantics.Warpgroup,
-        kernel_name=name,
         interpret=interpret,
     )(rows, head, *arrays)
     return [varying_like(x, rows) for x in numbers]  # Mosaic's kernels lose it

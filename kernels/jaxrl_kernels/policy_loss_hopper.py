@@ -57,7 +57,6 @@ def row_statistics(
         num_threads=1,
         approx_math=False,  # an approximate tanh has 11 bits
         semantics=plgpu.LoweringSemantics.Warpgroup,
-        kernel_name="fused_policy_loss",
         interpret=interpret,
     )(inputs.kl_coefficient, *arrays)
     return statistics[:, : len(STATISTICS)], derivative[:, :length]

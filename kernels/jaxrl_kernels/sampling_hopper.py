@@ -55,6 +55,5 @@ def on_hopper(
         grid_names=("row",),
         num_threads=1,
         semantics=plgpu.LoweringSemantics.Warpgroup,
-        kernel_name="sample_tokens",
         interpret=interpret,
     )(logits, uniform)

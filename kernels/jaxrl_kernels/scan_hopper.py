@@ -81,7 +81,6 @@ def discounted_scan(
         num_threads=1,
         scratch_types={"maps": plgpu.SMEM((2, 2 * chunk), jnp.float32)},
         semantics=plgpu.LoweringSemantics.Warpgroup,
-        kernel_name="discounted_scan",
         interpret=interpret,
     )(*arrays)
     return out[:, :length]

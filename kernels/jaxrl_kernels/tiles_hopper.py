@@ -25,6 +25,9 @@ ROWS = 64  # of a warpgroup's tile
 TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)
 # Layouts in registers: of a tile, of a row (an entry for each of its columns), and of a column.
 
+# JAX 0.10 asks for an index beside the reference that is loaded, 0.11 warns of one.
+INDEX: tuple[Any, ...] = () if hasattr(plgpu, "InterpretGPUParams") else ((),)
+
 
 def launch(
     kernel: Callable[..., None],
@@ -70,7 +73,7 @@ def load(reference: Any, layout: Any, interpret: bool) -> Array:
 
 def read(reference: Any, interpret: bool, layout: Any = None) -> Array:
     """Numbers from the GPU's memory or a line from shared memory, where Mosaic may find their layout."""
-    return reference[...] if interpret else plgpu.load(reference, (), layout=layout, optimized=False)
+    return reference[...] if interpret else plgpu.load(reference, *INDEX, layout=layout, optimized=False)
 
 
 def products(
