@@ -14,8 +14,10 @@ from jaxrl_llm.sampling.device import rollout
 from jaxrl_llm.sampling.grammars import json_schema_automaton, regex_automaton
 from jaxrl_llm.sampling.host import Context, NewContext, host_rollout
 from jaxrl_llm.sampling.moves import Episode, Fork, Move, Role
+from jaxrl_llm.sampling.planning import Position, TurnSearch, first_positions, play_turn, sample_turns, turn_search
 from jaxrl_llm.sampling.rows import Row, rows_to_rollout
 from jaxrl_llm.sampling.score import rollout_hidden, score_rollout
+from jaxrl_llm.sampling.search import Beams, Vote, beam_search, best_of_n, self_consistency
 from jaxrl_llm.sampling.server import PolicyServer, Reply
 from jaxrl_llm.sampling.session import Session
 from jaxrl_llm.sampling.transcripts import rollout_spans, transcripts, write_transcripts
@@ -32,6 +34,7 @@ from jaxrl_llm.sampling.trees import (
 )
 
 __all__ = [
+    "Beams",
     "CallLimits",
     "Constraint",
     "Context",
@@ -40,31 +43,41 @@ __all__ = [
     "Move",
     "NewContext",
     "PolicyServer",
+    "Position",
     "Reply",
     "Role",
     "Row",
     "Session",
+    "TurnSearch",
+    "Vote",
     "agents_rollout",
     "allowed_tokens",
+    "beam_search",
+    "best_of_n",
     "constrain",
+    "first_positions",
     "host_rollout",
     "json_schema_automaton",
     "next_states",
     "own_mask",
     "path_weights",
+    "play_turn",
     "random_positions",
     "regex_automaton",
     "rollout",
     "rollout_hidden",
     "rollout_spans",
     "rows_to_rollout",
+    "sample_turns",
     "score_rollout",
+    "self_consistency",
     "split_evenly",
     "start_states",
     "surprising_positions",
     "token_trie",
     "transcripts",
     "tree_rollout",
+    "turn_search",
     "turn_starts",
     "uncertain",
     "unsolved",
