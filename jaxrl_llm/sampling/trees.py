@@ -56,8 +56,8 @@ def tree_rollout(
         does itself.
 
     Returns:
-      The rollout, the rows of a task side by side and parents before their children, linked by `parent` and
-      `fork_position`; and an `Episode` for each row: what was done since the fork.
+      The rollout, the rows of a task side by side (not as many for each) and parents before their children, linked by
+      `parent` and `fork_position`; and an `Episode` for each of `rollout_ids`: what was done since the fork.
 
     Raises:
       ValueError: `expand` exceeds the budget or names a place outside of a turn; and as `host_rollout`.
