@@ -6,7 +6,7 @@ needs no random number per token (as Gumbel noise does) and no sorted row. Thres
 
 | | a row of logits | looked at in blocks of |
 | --- | --- | --- |
-| CPU | rows in groups that fit the cache | 128 |
+| CPU | rows in groups that fit a cache: a core's where a filter searches, else the one the cores share | 128 |
 | TPU | read once into VMEM, 8 or 16 rows at a time | up to 2048 |
 | GPU | a program per row, read from memory once and then from the L2 cache | up to 4096, on Hopper 2048 |
 """
@@ -25,7 +25,7 @@ from jaxrl_kernels.dispatch import choose
 from jaxrl_kernels.sampling_search import CACHED, Filters, by_rows, filtered_logits, row_threshold
 
 BLOCK = 128
-GROUP = 4  # rows of a long vocabulary that a CPU works on together where there is nothing to search for
+SHARED = 2**21  # logits (8 MiB) that the cores of a CPU pass over together where there is nothing to search for
 Drawn = tuple[Int[Array, "N"], Float[Array, "N"]]
 
 
@@ -198,8 +198,8 @@ def _reference(logits: Float[Array, "N V"], uniform: Float[Array, "N"], *, filte
 
 
 def _xla(logits: Float[Array, "N V"], uniform: Float[Array, "N"], *, filters: Filters) -> Drawn:
-    """The search over rows that fit the cache, the rest over a few rows at least."""
-    rows = max(1 if filters.search else GROUP, CACHED // logits.shape[1])
+    """A search passes over a row so often that few are taken at a time; without one, a pass is worth all cores."""
+    rows = max(1, (CACHED if filters.search else SHARED) // logits.shape[1])
     return by_rows(functools.partial(_xla_rows, filters=filters), rows)(logits, uniform)
 
 
