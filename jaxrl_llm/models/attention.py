@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels import decode_attention, flash_attention
+from jaxrl_kernels import decode_attention, flash_attention, ring_attention
+from jaxrl_kernels.mesh import mesh_axes, split
 from jaxrl_llm.models.decoder_config import DecoderConfig
 from jaxrl_llm.models.rotary import rotate
 
@@ -132,12 +135,31 @@ class Attention(nnx.Module):
             "softcap": config.attention_softcap,
             "scale": config.attention_scale,
         }
+        # query heads follow the key heads that they read; rows that share pages cannot be on different devices
+        heads = mesh_axes("heads", config.num_kv_heads)
+        paged = cache is not None and "page_table" in cache
+        rows = None if paged else mesh_axes("batch", batch, strict=False)
         if cache is None:
             # causal by place within the row: positions restart where a packed segment begins
-            attended = flash_attention(queries, keys, values, segment_ids=segment_ids, **options)
+            along = mesh_axes("length", length, strict=False)
+            attend = flash_attention if along is None else functools.partial(ring_attention, axis_name=along[0])
+            parts = P(rows, along, heads)
+            attended = split(
+                lambda queries, keys, values, segments: attend(queries, keys, values, segment_ids=segments, **options),
+                *((parts, parts, parts, P(rows, along)), parts),
+                check_vma=False,  # the loops of the kernels are not typed for it
+            )(queries, keys, values, segment_ids)
         else:
-            cache = write_cache(cache, keys, values, positions)
-            attended = attend_to_cache(queries, cache, positions, **options)
+
+            def write_and_attend(queries, keys, values, cache, positions):
+                cache = write_cache(cache, keys, values, positions)
+                return attend_to_cache(queries, cache, positions, **options), cache
+
+            parts, cached = P(rows, None, heads), {name: P(rows, heads) for name in cache} | {"page_table": P()}
+            cached = {name: cached[name] for name in cache}
+            attended, cache = split(
+                write_and_attend, (parts, parts, parts, cached, P(rows)), (parts, cached), check_vma=False
+            )(queries, keys, values, cache, positions)
         return self.out(attended.reshape(batch, length, -1)), cache
 
     def _queries_and_keys(self, x, positions):

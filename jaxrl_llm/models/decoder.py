@@ -17,12 +17,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_kernels.logprob import soft_cap
+from jaxrl_kernels.mesh import constrain
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.attention import Attention, Cache, make_norm
 from jaxrl_llm.models.decoder_config import DecoderConfig
 from jaxrl_llm.models.functional import split_module
 from jaxrl_llm.models.moe import Experts
 from jaxrl_llm.types import Params
+
+# What the backward pass finds of a layer: nothing but its input, or what products with weights gave.
+REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class DecoderLayer(nnx.Module):
@@ -81,13 +85,17 @@ class Decoder(nnx.Module):
             raise ValueError("router_logits=True, but this decoder has no experts (num_experts=0)")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self.embedding[...][tokens]
+        # rows over devices, before and behind every layer: XLA then gathers the weights of a layer and not the rows
+        along = "length" if cache is None else None
+        x = constrain(constrain(self.embedding[...], "vocabulary", None)[tokens], "batch", along, None)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         new_cache: Cache | None = None if cache is None else []
         routed = []
         for i, layer in enumerate(self.layers):
-            x, layer_cache, layer_logits = layer(x, positions, segment_ids, None if cache is None else cache[i])
+            run = layer if self.config.remat == "none" else jax.checkpoint(layer, policy=REMAT[self.config.remat])
+            x, layer_cache, layer_logits = run(x, positions, segment_ids, None if cache is None else cache[i])
+            x = constrain(x, "batch", along, None)
             if new_cache is not None:
                 new_cache.append(layer_cache)
             if layer_logits is not None:

@@ -10,6 +10,7 @@ from jaxrl_llm.models.rotary import Rope
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 QueryKeyNorm = Literal["head", "full"]
 NormPlacement = Literal["pre", "post", "both"]
+Remat = Literal["none", "full", "dots"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class DecoderConfig:
     expert_width: int | None = None  # ffn_width if not given
     normalize_experts: bool = True  # the weights of a token's experts sum to 1
     dense_layers: tuple[int, ...] = ()  # layers without experts
+    remat: Remat = "none"  # a layer is computed again in the backward pass: all of it, or all but products with weights
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -75,6 +77,7 @@ class DecoderConfig:
             "activation": get_args(Activation),
             "qk_norm": (None, *get_args(QueryKeyNorm)),
             "norm_placement": get_args(NormPlacement),
+            "remat": get_args(Remat),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

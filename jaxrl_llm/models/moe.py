@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from jaxrl_kernels.mesh import mesh_axes, split
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.decoder_config import DecoderConfig
 
@@ -33,21 +37,50 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"]]:
         """The experts' weighted sum, and the router's logits in float32."""
-        config, width = self.config, x.shape[-1]
-        tokens = x.reshape(-1, width)
-        router_logits = self.router(tokens).astype(jnp.float32)
+        config = self.config
+        router_logits = self.router(x).astype(jnp.float32)
         weights, chosen = jax.lax.top_k(jax.nn.softmax(router_logits, axis=-1), config.experts_per_token)
         if config.normalize_experts:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        rows = P(
+            *(mesh_axes(name, size, strict=False) for name, size in zip(("batch", "length"), x.shape, strict=False))
+        )
+        experts, ffn = mesh_axes("experts", config.num_experts), mesh_axes("ffn", self.gate.shape[-1])
+        into, out_of = P(experts, None, ffn), P(experts, ffn)
+        mix = split(functools.partial(self._mix, rows, experts, ffn), (rows, rows, rows, into, into, out_of), rows)
+        mixed = mix(x, weights.astype(x.dtype), chosen, self.gate[...], self.up[...], self.down[...])
+        return mixed, router_logits
+
+    def _mix(self, parts, experts, ffn, x, weights, chosen, gate, up, down):
+        """The weighted sum of experts, of which this device has some, or a slice of each, or all.
+
+        Devices that differ in their experts bring their tokens together, each does its own experts' share of all, and
+        the sums go back to where the tokens came from.
+        """
+        shape, count, width = x.shape, gate.shape[0], x.shape[-1]
+        x, weights, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
+        together = experts is not None and experts[0] in (parts[0] or ())
+        if together:
+            x, weights, chosen = (jax.lax.all_gather(a, experts, tiled=True) for a in (x, weights, chosen))
+        if experts is not None:
+            chosen = chosen - jax.lax.axis_index(experts) * count
+            chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)  # sorted to the end, no one's rows
         order = jnp.argsort(chosen.reshape(-1), stable=True)
-        sizes = jnp.bincount(chosen.reshape(-1), length=config.num_experts)
-        rows = tokens[order // config.experts_per_token]
-        gated = ACTIVATIONS[config.activation](jax.lax.ragged_dot(rows, self.gate[...], sizes))
-        rows = jax.lax.ragged_dot(gated * jax.lax.ragged_dot(rows, self.up[...], sizes), self.down[...], sizes)
-        back = jnp.argsort(order)
-        outputs = rows[back].reshape(*chosen.shape, width)
-        mixed = jnp.einsum("nk,nkd->nd", weights.astype(x.dtype), outputs)
-        return mixed.reshape(x.shape), router_logits.reshape(*x.shape[:-1], config.num_experts)
+        sizes = jnp.bincount(chosen.reshape(-1), length=count)
+        rows = x[order // self.config.experts_per_token]
+        gated = ACTIVATIONS[self.config.activation](jax.lax.ragged_dot(rows, gate, sizes))
+        rows = jax.lax.ragged_dot(gated * jax.lax.ragged_dot(rows, up, sizes), down, sizes)
+        outputs = rows[jnp.argsort(order)].reshape(*chosen.shape, width)
+        if experts is not None:
+            outputs = jnp.where((chosen < count)[..., None], outputs, 0)
+        mixed = jnp.einsum("nk,nkd->nd", weights, outputs)
+        if ffn is not None:
+            mixed = jax.lax.psum(mixed, ffn)
+        if together:
+            mixed = jax.lax.psum_scatter(mixed, experts, tiled=True)
+        elif experts is not None:
+            mixed = jax.lax.psum(mixed, experts)
+        return mixed.reshape(shape)
 
 
 def load_balancing_loss(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_kernels import filtered_logprob, fused_logprob
+from jaxrl_kernels.mesh import mesh_axes, split
 from jaxrl_llm.types import Decoding
 
 
@@ -33,7 +35,8 @@ def token_logprobs(
     a time (`filtered_logprob`), as with a constraint: `allowed`, a `jax.tree_util.Partial`, gives the tokens that rows
     may take, by their `states`. The entropy carries a gradient only with `entropy_gradient`. Float32. A target outside
     the vocabulary, or one not allowed, gives NaN where `mask` is true; the former ValueError where the ids are known
-    before the program runs.
+    before the program runs. Under `jax.set_mesh` each device does its own rows, and its own part of the vocabulary
+    where no filter needs all of it.
 
     Raises:
       ValueError: shapes do not fit, or `softcap` is not positive.
@@ -46,29 +49,40 @@ def token_logprobs(
         raise ValueError(f"head must be [V, {hidden.shape[-1]}] like hidden, got {head.shape}")
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(f"mask must have the shape of targets {targets.shape}, got {mask.shape}")
-    rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    needed = None if mask is None else mask.reshape(-1)
-    if decoding.filters or allowed is not None:
-        logprobs, entropy = filtered_logprob(
-            *(rows, head, ids),
-            temperature=decoding.temperature,
-            top_k=decoding.top_k,
-            top_p=decoding.top_p,
-            min_p=decoding.min_p,
-            softcap=softcap,
-            needed=needed,
-            entropy_gradient=entropy_gradient,
-            allowed=allowed,
-            states=None if states is None else states.reshape(-1),
-        )
-    else:
-        logprobs, entropy = fused_logprob(
-            *(rows, head, ids),
-            temperature=decoding.temperature,
-            softcap=softcap,
-            needed=needed,
-            with_entropy=True,
-            layout="VD",
-        )
-        entropy = entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
-    return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
+    whole_rows = decoding.filters or allowed is not None
+    vocabulary = None if whole_rows else mesh_axes("vocabulary", head.shape[0])
+
+    def score(hidden, head, targets, mask, allowed, states):
+        rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        needed = None if mask is None else mask.reshape(-1)
+        if whole_rows:
+            logprobs, entropy = filtered_logprob(
+                *(rows, head, ids),
+                temperature=decoding.temperature,
+                top_k=decoding.top_k,
+                top_p=decoding.top_p,
+                min_p=decoding.min_p,
+                softcap=softcap,
+                needed=needed,
+                entropy_gradient=entropy_gradient,
+                allowed=allowed,
+                states=None if states is None else states.reshape(-1),
+            )
+        else:
+            logprobs, entropy = fused_logprob(
+                *(rows, head, ids),
+                temperature=decoding.temperature,
+                softcap=softcap,
+                needed=needed,
+                with_entropy=True,
+                axis_name=None if vocabulary is None else vocabulary[0],
+                layout="VD",
+            )
+            entropy = entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
+        return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
+
+    lead = zip(("batch", "length"), targets.shape, strict=False)
+    rows = P(*(mesh_axes(name, size, strict=False) for name, size in lead))
+    # the filtered kernel skips blocks with constants, which are not typed as differing between devices
+    split_score = split(score, (rows, P(vocabulary), rows, rows, P(), rows), (rows, rows), check_vma=not whole_rows)
+    return split_score(hidden, head, targets, mask, allowed, states)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_kernels import sample_tokens
+from jaxrl_kernels.mesh import constrain, mesh_axes, split
 from jaxrl_llm.models.decoder import Model, output_logits
 from jaxrl_llm.sampling.constraints import Constraint, allowed_tokens, next_states
 from jaxrl_llm.types import Decoding, Params
@@ -45,10 +48,14 @@ def draw_tokens(
     Raises:
       ValueError: the constraint is for another vocabulary, or comes without states.
     """
-    logits = output_logits(model, params, hidden)
-    options = dataclasses.asdict(decoding)
+    # each device multiplies its part of the vocabulary; logits are brought together, not the head
+    logits = constrain(output_logits(model, params, hidden), "batch", "vocabulary")
+    rows = P(mesh_axes("batch", hidden.shape[0], strict=False))
+    sample = functools.partial(sample_tokens, **dataclasses.asdict(decoding))
+    draw = split(sample, (rows, rows), (rows, rows), check_vma=False)  # no gradient passes
     if constraint is None:
-        return Drawn(*sample_tokens(logits, keys, **options), None, None)
+        tokens, logprobs = draw(logits, keys)
+        return Drawn(tokens, logprobs, None, None)
     if constraint.vocab_size != logits.shape[-1] or states is None:
         raise ValueError(
             f"the constraint is for {constraint.vocab_size} tokens, the model has {logits.shape[-1]}"
@@ -56,7 +63,7 @@ def draw_tokens(
             else "a constraint needs states, see start_states"
         )
     allowed = jnp.where(allowed_tokens(constraint, states), logits, -jnp.inf)
-    tokens, logprobs = sample_tokens(allowed, keys, **options)
+    tokens, logprobs = draw(allowed, keys)
     scaled = logits / decoding.temperature
     free = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scaled, axis=-1)
     return Drawn(tokens, logprobs, free, next_states(constraint, states, tokens))

@@ -101,8 +101,8 @@ def rollout_hidden(
     Arguments and errors as in `score_rollout`."""
     tokens = rollout.tokens
     if not shared_prefix or group_size == 1:
-        hidden, _ = model.apply(params, tokens[:, :-1])
-        return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))
+        hidden, _ = model.apply(params, tokens)  # of the last token too: the places of whole rows divide over devices
+        return jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
     batch, length = tokens.shape
     if batch % group_size:
         raise ValueError(f"group_size={group_size} does not divide the batch of {batch} sequences")

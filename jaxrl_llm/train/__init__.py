@@ -17,6 +17,13 @@ from jaxrl_llm.train.intervals import Interval, bootstrap_mean, judge
 from jaxrl_llm.train.logging import RunLog, WorkdirError, read_metrics, read_outcomes, read_summary
 from jaxrl_llm.train.loops import NonFiniteError, loop, over_seeds, stack_seeds
 from jaxrl_llm.train.runs import Page, enable_compilation_cache, is_complete, run_page
+from jaxrl_llm.train.sharding import (
+    batch_shardings,
+    make_mesh,
+    shard_batch,
+    shard_state,
+    state_shardings,
+)
 from jaxrl_llm.train.state import (
     accumulate_gradients,
     apply_gradients,
@@ -43,6 +50,7 @@ __all__ = [
     "accumulate_gradients",
     "apply_gradients",
     "bar_chart",
+    "batch_shardings",
     "better",
     "bootstrap_mean",
     "choose_arm",
@@ -57,6 +65,7 @@ __all__ = [
     "learning_curves",
     "load_config",
     "loop",
+    "make_mesh",
     "make_optimizer",
     "make_schedule",
     "make_sft_step",
@@ -72,7 +81,10 @@ __all__ = [
     "read_summary",
     "run_page",
     "run_table",
+    "shard_batch",
+    "shard_state",
     "stack_seeds",
+    "state_shardings",
     "summarize",
     "to_json",
     "write_table",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxrl_llm.train.sharding import constrain_rows, constrain_state
 from jaxrl_llm.types import Metrics, Params, TrainState
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -103,7 +104,7 @@ def init_state(
 ) -> TrainState:
     """The state before the first iteration. `ref_params` is the frozen reference policy, where the algorithm has
     one."""
-    return TrainState(
+    state = TrainState(
         params=params,
         opt_state=optimizer.init(params),
         step=jnp.zeros((), jnp.int32),  # each count an array of its own: one buffer cannot be donated twice
@@ -112,6 +113,7 @@ def init_state(
         skipped_in_row=jnp.zeros((), jnp.int32),
         ref_params=ref_params,
     )
+    return constrain_state(state)
 
 
 def apply_gradients(
@@ -132,6 +134,7 @@ def apply_gradients(
       `jax.tree.leaves(params)`, of the first gradient leaf that is not finite, -1 when all are. Norms are Euclidean
       over all leaves, in float32.
     """
+    grads = constrain_state(grads)  # each device sums what it updates
     finite_leaves = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grads)])
     bad_leaf = jnp.where(jnp.all(finite_leaves), -1, jnp.argmin(finite_leaves))
     grad_norm = _norm(grads)
@@ -152,7 +155,7 @@ def apply_gradients(
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + bad) * bad,
     )
-    return new_state, {
+    return constrain_state(new_state), {
         "grad_norm": grad_norm,
         "param_norm": _norm(params),
         "update_norm": jnp.where(finite, update_norm, 0.0),
@@ -187,7 +190,8 @@ def accumulate_gradients(
       loss (float32), gradient (summed in float32, of the parameters' types), metrics (each averaged over the slices).
 
     Raises:
-      ValueError: the first axis does not divide into `num_micro` equal slices.
+      ValueError: the first axis does not divide into `num_micro` equal slices, or a slice not among the devices of
+        the mesh.
     """
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1:
@@ -197,6 +201,7 @@ def accumulate_gradients(
         raise ValueError(f"a batch of {size} does not divide into num_micro={num_micro} equal slices")
     loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     slices = jax.tree.map(lambda leaf: leaf.reshape(num_micro, size // num_micro, *leaf.shape[1:]), batch)
+    slices = constrain_rows(slices, axis=1)  # every device has a part of every slice
 
     def add(carry: tuple[Array, Params], micro: PyTree) -> tuple[tuple[Array, Params], Metrics]:
         (numerator, metrics), grads = loss_and_grad(params, micro)
@@ -204,7 +209,8 @@ def accumulate_gradients(
         summed = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), summed, grads)
         return (total + numerator.astype(jnp.float32), summed), metrics
 
-    start = (jnp.zeros((), jnp.float32), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params))
+    zeros = constrain_state(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params))
+    start = (jnp.zeros((), jnp.float32), zeros)
     (total, summed), metrics = jax.lax.scan(add, start, slices)
     grads = jax.tree.map(lambda leaf, param: (leaf / denominator).astype(param.dtype), summed, params)
     return total / denominator, grads, jax.tree.map(lambda metric: jnp.mean(metric, axis=0), metrics)

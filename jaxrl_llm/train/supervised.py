@@ -26,14 +26,13 @@ def make_sft_step(
 
     def loss_fn(params: Params, packed: PyTree) -> tuple[Array, Metrics]:
         hidden, _ = model.apply(
-            params,
-            packed["tokens"][:, :-1],
-            positions=packed["positions"][:, :-1],
-            segment_ids=packed["segment_ids"][:, :-1],
+            params, packed["tokens"], positions=packed["positions"], segment_ids=packed["segment_ids"]
         )
-        mask = packed["mask"][:, 1:]
+        # hidden[:, t] is the state that predicts tokens[:, t]; whole rows, so that devices can divide them
+        hidden = jnp.roll(hidden, 1, axis=1)
+        mask = packed["mask"] & (jnp.arange(hidden.shape[1]) > 0)
         logprobs, entropy = ops.token_logprobs(
-            hidden, model.head(params), packed["tokens"][:, 1:], softcap=model.config.logit_softcap, mask=mask
+            hidden, model.head(params), packed["tokens"], softcap=model.config.logit_softcap, mask=mask
         )
         loss, metrics = ops.sft_loss(logprobs, mask)
         return loss, {**metrics, "entropy": ops.masked_mean(entropy, mask), "token_probability": jnp.exp(-loss)}
