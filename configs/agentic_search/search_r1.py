@@ -70,6 +70,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             ),
         },
         # the run
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "expert": 1},  # devices along each axis
         "evaluate_every": 20,
         "checkpoint_every": 20,
         "keep_checkpoints": 2,

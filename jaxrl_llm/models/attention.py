@@ -155,8 +155,8 @@ class Attention(nnx.Module):
                 cache = write_cache(cache, keys, values, positions)
                 return attend_to_cache(queries, cache, positions, **options), cache
 
-            parts, cached = P(rows, None, heads), {name: P(rows, heads) for name in cache} | {"page_table": P()}
-            cached = {name: cached[name] for name in cache}
+            parts = P(rows, None, heads)
+            cached = {name: P() if name == "page_table" else P(rows, heads) for name in cache}
             attended, cache = split(
                 write_and_attend, (parts, parts, parts, cached, P(rows)), (parts, cached), check_vma=False
             )(queries, keys, values, cache, positions)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from jaxrl_kernels.mesh import mesh_axes, split
+from jaxrl_kernels.mesh import mesh_axes, row_spec, split
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.decoder_config import DecoderConfig
 
@@ -42,9 +42,7 @@ class Experts(nnx.Module):
         weights, chosen = jax.lax.top_k(jax.nn.softmax(router_logits, axis=-1), config.experts_per_token)
         if config.normalize_experts:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        rows = P(
-            *(mesh_axes(name, size, strict=False) for name, size in zip(("batch", "length"), x.shape, strict=False))
-        )
+        rows = row_spec(x.shape[:-1])
         experts, ffn = mesh_axes("experts", config.num_experts), mesh_axes("ffn", self.gate.shape[-1])
         into, out_of = P(experts, None, ffn), P(experts, ffn)
         mix = split(functools.partial(self._mix, rows, experts, ffn), (rows, rows, rows, into, into, out_of), rows)
@@ -68,6 +66,8 @@ class Experts(nnx.Module):
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=count)
         rows = x[order // self.config.experts_per_token]
+        if experts is not None:  # what `ragged_dot` and its gradient say of rows of no group is not defined
+            rows = jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None], rows, 0)
         gated = ACTIVATIONS[self.config.activation](jax.lax.ragged_dot(rows, gate, sizes))
         rows = jax.lax.ragged_dot(gated * jax.lax.ragged_dot(rows, up, sizes), down, sizes)
         outputs = rows[jnp.argsort(order)].reshape(*chosen.shape, width)

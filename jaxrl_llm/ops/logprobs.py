@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_kernels import filtered_logprob, fused_logprob
-from jaxrl_kernels.mesh import mesh_axes, split
+from jaxrl_kernels.mesh import mesh_axes, row_spec, split
 from jaxrl_llm.types import Decoding
 
 
@@ -81,8 +81,7 @@ def token_logprobs(
             entropy = entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
         return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
 
-    lead = zip(("batch", "length"), targets.shape, strict=False)
-    rows = P(*(mesh_axes(name, size, strict=False) for name, size in lead))
+    rows = row_spec(targets.shape)
     # the filtered kernel skips blocks with constants, which are not typed as differing between devices
     split_score = split(score, (rows, P(vocabulary), rows, rows, P(), rows), (rows, rows), check_vma=not whole_rows)
     return split_score(hidden, head, targets, mask, allowed, states)

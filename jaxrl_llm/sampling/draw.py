@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_kernels import sample_tokens
-from jaxrl_kernels.mesh import constrain, mesh_axes, split
+from jaxrl_kernels.mesh import constrain, row_spec, split
 from jaxrl_llm.models.decoder import Model, output_logits
 from jaxrl_llm.sampling.constraints import Constraint, allowed_tokens, next_states
 from jaxrl_llm.types import Decoding, Params
@@ -50,7 +49,7 @@ def draw_tokens(
     """
     # each device multiplies its part of the vocabulary; logits are brought together, not the head
     logits = constrain(output_logits(model, params, hidden), "batch", "vocabulary")
-    rows = P(mesh_axes("batch", hidden.shape[0], strict=False))
+    rows = row_spec(hidden.shape[:1])
     sample = functools.partial(sample_tokens, **dataclasses.asdict(decoding))
     draw = split(sample, (rows, rows), (rows, rows), check_vma=False)  # no gradient passes
     if constraint is None:

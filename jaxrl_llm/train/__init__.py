@@ -23,6 +23,7 @@ from jaxrl_llm.train.sharding import (
     shard_batch,
     shard_state,
     state_shardings,
+    use_mesh,
 )
 from jaxrl_llm.train.state import (
     accumulate_gradients,
@@ -87,5 +88,6 @@ __all__ = [
     "state_shardings",
     "summarize",
     "to_json",
+    "use_mesh",
     "write_table",
 ]

@@ -23,6 +23,7 @@ from jaxtyping import PyTree
 from jaxrl_llm.train.checkpoints import Checkpoints
 from jaxrl_llm.train.interrupts import Interrupted, StopRequests
 from jaxrl_llm.train.logging import RunLog
+from jaxrl_llm.train.sharding import shard_batch
 from jaxrl_llm.types import Metrics, TrainState
 
 Partial = jax.tree_util.Partial
@@ -155,6 +156,11 @@ def loop(
     def evaluation_due(step: int) -> bool:
         return run_evaluate is not None and (step in (0, steps) or bool(evaluate_every and step % evaluate_every == 0))
 
+    def next_batch(step: int) -> tuple:
+        if batch is None:
+            return ()
+        return (batch(step) if isinstance(seed, tuple) else shard_batch(batch(step)),)
+
     pending: deque[tuple[int, Metrics, Metrics]] = deque()
     try:
         with StopRequests() as stop:
@@ -165,9 +171,9 @@ def loop(
                     log.sync()
                     checkpoints.save(0, state)
             if step < steps:
-                _check_iteration(run_iteration, state, () if batch is None else (batch(step),))
+                _check_iteration(run_iteration, state, next_batch(step))
             while step < steps:
-                state, metrics = run_iteration(state, *(() if batch is None else (batch(step),)))
+                state, metrics = run_iteration(state, *next_batch(step))
                 step += 1
                 pending.append((step, metrics, run_evaluate(state) if run_evaluate and evaluation_due(step) else {}))
                 stopping = stop.received is not None

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 
 from jaxrl_llm.train.logging import RunLog, read_metrics, read_summary
+from jaxrl_llm.train.sharding import use_mesh
 
 
 class Page(Protocol):
@@ -25,6 +26,8 @@ class Page(Protocol):
 def run_page(page: Page, config: Any, workdir: str | Path, *, quiet: bool = False) -> dict[str, Any]:
     """Runs a page in a workdir, or goes on with the run that is there, and returns its summary.
 
+    It runs on the mesh that `config.mesh` describes, if there is one (`sharding.use_mesh`).
+
     The summary gains a part `run`: `complete`, `seconds` (of the last process), `steps` and `step_seconds` (of all
     iterations), `date`, `device` and `versions`. A complete run is not run again: its summary is returned.
 
@@ -37,7 +40,8 @@ def run_page(page: Page, config: Any, workdir: str | Path, *, quiet: bool = Fals
         if is_complete(summary):
             log.info(f"the run in {workdir} is complete; its summary:")
             return summary or {}
-        page.run(config, log)
+        with use_mesh(config):
+            page.run(config, log)
         if read_summary(workdir) is None:
             done = f"{log.steps_done} steps were done" if log.steps_done else "no step was left to do"
             raise RuntimeError(

@@ -1,9 +1,8 @@
 """A training state over a mesh of devices: which axis of which array lies on which axis of the mesh.
 
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    state = shard_state(state, mesh)
-    with jax.set_mesh(mesh):                       # the layout of activations, and the form of the kernels
-        state, metrics = step(state, shard_batch(batch, mesh))
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        state = shard_state(state)
+        state, metrics = step(state, shard_batch(batch))
 
 | mesh axis | divides | costs |
 | --- | --- | --- |
@@ -20,6 +19,7 @@ functions of shardings take shapes (`jax.eval_shape`) as well as arrays, and nee
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -105,14 +105,26 @@ def batch_shardings(batch: PyTree, mesh: Mesh | Any) -> PyTree:
     return jax.tree.map(one, batch)
 
 
-def shard_state(state: Tree, mesh: Mesh) -> Tree:
-    """The state with every leaf where `state_shardings` wants it."""
-    return jax.device_put(state, state_shardings(state, mesh))
+def use_mesh(config: Any) -> contextlib.AbstractContextManager:
+    """`jax.set_mesh` of the mesh that `config.mesh` describes; nothing where its axes are all 1, or there is no entry.
+
+    Raises:
+      ValueError: as `make_mesh`.
+    """
+    sizes = dict(config.get("mesh") or {})
+    return contextlib.nullcontext() if set(sizes.values()) <= {1} else jax.set_mesh(make_mesh(sizes))
 
 
-def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """The batch with every array where `batch_shardings` wants it."""
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+def shard_state(state: Tree, mesh: Mesh | None = None) -> Tree:
+    """The state with every leaf where `state_shardings` wants it; by default on the current mesh, if there is one."""
+    mesh = mesh or jax.sharding.get_mesh()
+    return state if mesh.empty else jax.device_put(state, state_shardings(state, mesh))
+
+
+def shard_batch(batch: Tree, mesh: Mesh | None = None) -> Tree:
+    """The batch with every array where `batch_shardings` wants it; by default on the current mesh, if there is one."""
+    mesh = mesh or jax.sharding.get_mesh()
+    return batch if mesh.empty else jax.device_put(batch, batch_shardings(batch, mesh))
 
 
 def constrain_state(state: Tree) -> Tree:

@@ -59,6 +59,11 @@ def mesh_axes(logical: str | None, size: int, *, mesh: Any = None, strict: bool 
     return axes or None
 
 
+def row_spec(shape: tuple[int, ...]) -> PartitionSpec:
+    """How an array of rows lies: its first axis as "batch", its second as "length", as far as they divide."""
+    return PartitionSpec(*(mesh_axes(*axis, strict=False) for axis in zip(("batch", "length"), shape, strict=False)))
+
+
 def constrain(x: Array, *logical: str | None) -> Array:
     """`x` laid out over the current mesh, an entry per leading axis (None: whole on every device); what does not divide
     stays whole."""

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from jaxrl_llm import ops, train
 from jaxrl_llm.models import DecoderConfig, LoraConfig, apply_lora, make_decoder
@@ -287,3 +289,35 @@ def test_sampled_tokens_equal_those_of_one_device(name, mesh):
         sampled, own = run(params, tasks, key)
     np.testing.assert_array_equal(sampled.tokens, expected.tokens)
     assert_close((sampled.logprobs, own), (expected.logprobs, scored))
+
+
+# --------------------------------------------------------------------------------------------------------------- loop
+
+
+def run_loop(folder, mesh, seed, steps=2):
+    """Two steps on host batches, as a page runs them: `config.mesh` is all that differs."""
+    model = MODELS["dense"]
+
+    def run(config, log):
+        final = train.loop(
+            lambda seed: train.init_state(model.init(jax.random.key(0)), optimizer, seed),
+            train.make_sft_step(model, optimizer),
+            steps=steps,
+            log=log,
+            batch=lambda step: train.stack_seeds(
+                seed, lambda one: jax.tree.map(lambda x: np.roll(x, step + one, axis=0), make_batch())
+            ),
+        )
+        log.summary({"norm": float(optax.tree.norm(final.params))})
+
+    config = ConfigDict({"seed": seed, "checkpoint_every": 1, "mesh": mesh})
+    train.run_page(SimpleNamespace(__doc__="", run=run), config, folder, quiet=True)
+    return train.read_arrays(folder / "checkpoints" / "train" / str(steps)), train.read_metrics(folder)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param((0, 1), marks=pytest.mark.slow)])
+def test_a_page_runs_on_the_mesh_of_its_config(tmp_path, seed):
+    expected, lines = run_loop(tmp_path / "one", {"data": 1, "fsdp": 1}, seed)
+    got, own = run_loop(tmp_path / "eight", {"data": 2, "fsdp": 4}, seed)
+    assert_close(got, expected)
+    np.testing.assert_allclose([line["loss"] for line in own], [line["loss"] for line in lines], rtol=TOLERANCE)
