@@ -147,7 +147,6 @@ class Attention(nnx.Module):
             attended = split(
                 lambda queries, keys, values, segments: attend(queries, keys, values, segment_ids=segments, **options),
                 *((parts, parts, parts, P(rows, along)), parts),
-                check_vma=False,  # the loops of the kernels are not typed for it
             )(queries, keys, values, segment_ids)
         else:
 
@@ -157,9 +156,9 @@ class Attention(nnx.Module):
 
             parts = P(rows, None, heads)
             cached = {name: P() if name == "page_table" else P(rows, heads) for name in cache}
-            attended, cache = split(
-                write_and_attend, (parts, parts, parts, cached, P(rows)), (parts, cached), check_vma=False
-            )(queries, keys, values, cache, positions)
+            attended, cache = split(write_and_attend, (parts, parts, parts, cached, P(rows)), (parts, cached))(
+                queries, keys, values, cache, positions
+            )
         return self.out(attended.reshape(batch, length, -1)), cache
 
     def _queries_and_keys(self, x, positions):

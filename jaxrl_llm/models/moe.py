@@ -39,24 +39,26 @@ class Experts(nnx.Module):
         """The experts' weighted sum, and the router's logits in float32."""
         config = self.config
         router_logits = self.router(x).astype(jnp.float32)
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(router_logits, axis=-1), config.experts_per_token)
-        if config.normalize_experts:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         rows = row_spec(x.shape[:-1])
         experts, ffn = mesh_axes("experts", config.num_experts), mesh_axes("ffn", self.gate.shape[-1])
         into, out_of = P(experts, None, ffn), P(experts, ffn)
-        mix = split(functools.partial(self._mix, rows, experts, ffn), (rows, rows, rows, into, into, out_of), rows)
-        mixed = mix(x, weights.astype(x.dtype), chosen, self.gate[...], self.up[...], self.down[...])
-        return mixed, router_logits
+        local = functools.partial(self._mix, rows, experts, ffn)
+        mix = split(local, (rows, rows, into, into, out_of), rows, check_vma=True)
+        return mix(x, router_logits, self.gate[...], self.up[...], self.down[...]), router_logits
 
-    def _mix(self, parts, experts, ffn, x, weights, chosen, gate, up, down):
+    def _mix(self, parts, experts, ffn, x, router_logits, gate, up, down):
         """The weighted sum of experts, of which this device has some, or a slice of each, or all.
 
         Devices that differ in their experts bring their tokens together, each does its own experts' share of all, and
         the sums go back to where the tokens came from.
         """
-        shape, count, width = x.shape, gate.shape[0], x.shape[-1]
-        x, weights, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
+        config, shape, count = self.config, x.shape, gate.shape[0]
+        x = x.reshape(-1, shape[-1])
+        probabilities = jax.nn.softmax(router_logits, axis=-1).reshape(-1, config.num_experts)
+        weights, chosen = jax.lax.top_k(probabilities, config.experts_per_token)
+        if config.normalize_experts:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.astype(x.dtype)
         together = experts is not None and experts[0] in (parts[0] or ())
         if together:
             x, weights, chosen = (jax.lax.all_gather(a, experts, tiled=True) for a in (x, weights, chosen))
@@ -65,12 +67,12 @@ class Experts(nnx.Module):
             chosen = jnp.where((chosen >= 0) & (chosen < count), chosen, count)  # sorted to the end, no one's rows
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=count)
-        rows = x[order // self.config.experts_per_token]
+        rows = x[order // config.experts_per_token]
         if experts is not None:  # what `ragged_dot` and its gradient say of rows of no group is not defined
             rows = jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None], rows, 0)
-        gated = ACTIVATIONS[self.config.activation](jax.lax.ragged_dot(rows, gate, sizes))
+        gated = ACTIVATIONS[config.activation](jax.lax.ragged_dot(rows, gate, sizes))
         rows = jax.lax.ragged_dot(gated * jax.lax.ragged_dot(rows, up, sizes), down, sizes)
-        outputs = rows[jnp.argsort(order)].reshape(*chosen.shape, width)
+        outputs = rows[jnp.argsort(order)].reshape(*chosen.shape, -1)
         if experts is not None:
             outputs = jnp.where((chosen < count)[..., None], outputs, 0)
         mixed = jnp.einsum("nk,nkd->nd", weights, outputs)

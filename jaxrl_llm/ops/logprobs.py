@@ -82,6 +82,5 @@ def token_logprobs(
         return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
 
     rows = row_spec(targets.shape)
-    # the filtered kernel skips blocks with constants, which are not typed as differing between devices
-    split_score = split(score, (rows, P(vocabulary), rows, rows, P(), rows), (rows, rows), check_vma=not whole_rows)
+    split_score = split(score, (rows, P(vocabulary), rows, rows, P(), rows), (rows, rows))
     return split_score(hidden, head, targets, mask, allowed, states)

@@ -51,7 +51,7 @@ def draw_tokens(
     logits = constrain(output_logits(model, params, hidden), "batch", "vocabulary")
     rows = row_spec(hidden.shape[:1])
     sample = functools.partial(sample_tokens, **dataclasses.asdict(decoding))
-    draw = split(sample, (rows, rows), (rows, rows), check_vma=False)  # no gradient passes
+    draw = split(sample, (rows, rows), (rows, rows))
     if constraint is None:
         tokens, logprobs = draw(logits, keys)
         return Drawn(tokens, logprobs, None, None)

@@ -34,20 +34,20 @@ from jaxrl_kernels.mesh import AXES, current_mesh, mesh_axes
 
 Tree = TypeVar("Tree")
 
-# The end of a parameter's dotted path, and the logical axes of its last axes; all others are whole on every device.
+# The end of a parameter's dotted path, and the logical axes of its last axes. What is not named (norms, routers,
+# the last map of a head) is small, and whole on every device.
 # LoRA's matrices take after the one that they are added to, optimizer states after their parameters.
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding|head", ("vocabulary", "width")),
     (r"attention\.(query|key|value)\.kernel", ("width", "heads")),
     (r"attention\.(query|key|value)\.bias", ("heads",)),
     (r"attention\.out\.kernel", ("heads", "width")),
-    (r"experts\.router\.kernel", ("width", None)),
     (r"experts\.(gate|up)", ("experts", "width", "ffn")),
     (r"experts\.down", ("experts", "ffn", "width")),
     (r"(gate|up)\.kernel", ("width", "ffn")),
     (r"(gate|up)\.bias", ("ffn",)),
     (r"down\.kernel", ("ffn", "width")),
-    (r"(head|hidden\.\d+|out)\.(out\.)?kernel", ("width", None)),  # value and reward heads
+    (r"hidden\.\d+\.kernel", ("width", None)),  # of value and reward heads
 )
 
 

@@ -75,8 +75,12 @@ def constrain(x: Array, *logical: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes, *rest))
 
 
-def split(function: Callable, in_specs: Any, out_specs: Any, *, check_vma: bool = True) -> Callable:
-    """The function on each device's part of its arguments (`jax.shard_map`); without a mesh, the function."""
+def split(function: Callable, in_specs: Any, out_specs: Any, *, check_vma: bool = False) -> Callable:
+    """The function on each device's part of its arguments (`jax.shard_map`); without a mesh, the function.
+
+    `check_vma` types what differs between devices, which saves sums over devices in the backward pass; loops with
+    kernels in them, and Pallas calls under `vmap`, do not have such types.
+    """
     if current_mesh() is None:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
