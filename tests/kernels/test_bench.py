@@ -51,8 +51,8 @@ def test_figures_are_whole_and_alternatives_agree(small_run):
     _, _, report = small_run
     assert report["platform"] == "cpu" and set(report["ceilings"]) > {"copy_bytes_per_second"}
     for row in [row for table in report["tables"] for row in table["rows"]]:
-        assert row["bytes_per_second"] > 0
-        assert row["passes"] == timing.BACKWARD or (row["seconds"] > 0 and row["temporary_bytes"] >= 0)
+        assert row["bytes_per_second"] > 0 and row["seconds"] > 0
+        assert row["passes"] == timing.BACKWARD or row["temporary_bytes"] >= 0
         # float32 roundings of sums of some hundred terms; the loss is a small difference of such sums
         assert (row["difference"] or 0) < 1e-4, row
 
@@ -72,6 +72,18 @@ def test_a_failing_alternative_is_told_and_the_others_run():
     assert problems["absent"] == "runs on a GPU" and "failed: TypeError" in problems["broken, forward"]
     assert "the result is (2,), ours (4,)" in problems["other, forward"]
     assert work["forward"].bytes == 32 and work["forward + backward"].bytes == 80
+
+
+def test_a_difference_of_times_that_is_not_positive_is_no_figure(monkeypatch):
+    arrays = (jnp.ones(4),)
+    listed = [timing.alternative("ours", jnp.negative, arrays, jnp.ones(4), differentiated=1)]
+    work = timing.least_work((4, 8), arrays, arrays, arrays)
+    work[timing.BACKWARD] = timing.Work(4, 48)
+    ceilings = {"matmul_flops_per_second": 1e9, "copy_bytes_per_second": 1e9}
+    for both, last in ((3.0, 1.0), (2.0, 2.0), (1.0, 1.0)):
+        monkeypatch.setattr(timing, "_take_turns", lambda *_, both=both: [[2.0], [both]])
+        rows, problems = timing.measure(timing.Case("kernel", "[4]", work, listed, {}), ceilings, repeats=1, budget=1)
+        assert len(rows) + len(problems) == 3 and bool(problems) == (both <= 2) and rows[-1].seconds == last
 
 
 @pytest.mark.parametrize(

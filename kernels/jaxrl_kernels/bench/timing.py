@@ -174,7 +174,10 @@ def measure(case: Case, ceilings: dict[str, float], repeats: int, budget: float)
     for entry, group in _grouped(calls, times):
         seconds = {passes: value for passes, (_, value) in group.items()}
         if BACKWARD in case.work and len(seconds) == 2:
-            seconds[BACKWARD] = seconds[BOTH] - seconds[FORWARD]
+            if seconds[BOTH] > seconds[FORWARD]:
+                seconds[BACKWARD] = seconds[BOTH] - seconds[FORWARD]
+            else:
+                problems[f"{entry.name}, {BACKWARD}"] = "disturbed: forward alone took no less time than both passes"
         for passes, value in seconds.items():
             work = case.work[passes]
             rate = work.flops / value if work.flops and entry.name != COPY else None
