@@ -167,6 +167,11 @@ def with_page_table(pages: Cache, page_table: Int[Array, "B M"]) -> Cache:
     return [layer | {"page_table": page_table} for layer in pages]
 
 
+def without_page_table(cache: Cache) -> Cache:
+    """The pages of a cache alone, as `init_pages` gives them."""
+    return [{"keys": layer["keys"], "values": layer["values"]} for layer in cache]
+
+
 def output_logits(model: Model, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits of hidden states, in float32, soft-capped where the model's config says so: what it samples from."""
     logits = jnp.einsum("...d,vd->...v", hidden, model.head(params), preferred_element_type=jnp.float32)

@@ -22,11 +22,11 @@ from typing import Any
 import jax
 
 from jaxrl_llm.sampling.calls import Outcome, Start, caller
-from jaxrl_llm.sampling.moves import Answer, Episode, Fork, Grow, Move, Role, Rules, Stopped
+from jaxrl_llm.sampling.moves import Answer, Episode, Fork, Grow, Move, Role, Rules, Stopped, newest
 from jaxrl_llm.sampling.rows import Row, rows_to_rollout
 from jaxrl_llm.sampling.session import Session
 from jaxrl_llm.sampling.slots import check_prompts, check_sizes, check_stops
-from jaxrl_llm.types import Decoding, Params, Rollout
+from jaxrl_llm.types import Decoding, Rollout
 
 
 @dataclasses.dataclass(eq=False)
@@ -186,7 +186,7 @@ class Stage:
                 first.setdefault(play.speaker, []).append(self.prompts[play.group])
         for name, rows in first.items():
             if group_size > 1:
-                self.sessions[name].prefill(self._policy(name)[0], rows)
+                self.sessions[name].prefill(newest(self.roles[name].params)[0], rows)
         for play, prompt in others:
             self._begin(play, play.speaker, prompt, share=self.prompts[play.group])
         return len(chosen)
@@ -208,17 +208,13 @@ class Stage:
         play.pieces.append((role, row))
         self.moments[row] = moments
 
-    def _policy(self, role: str) -> tuple[Params, int]:
-        params = self.roles[role].params
-        return params() if callable(params) else (params, 0)
-
     def _decode(self, begin_call: Start) -> None:
         """Some decode steps for every policy, and a call for every turn that has ended."""
         began = time.monotonic()
         ended: list[Row] = []
         for session, role in {session: role for role, session in self.sessions.items()}.items():
             if not session.idle:
-                params, version = self._policy(role)
+                params, version = newest(self.roles[role].params)
                 ended += session.advance(params, version=version, steps=self.steps)
         for row in ended:
             self._ask(self.owners[row], row, begin_call)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxrl_llm.models.decoder import Cache, Model, with_page_table
+from jaxrl_llm.models.decoder import Cache, Model, with_page_table, without_page_table
 from jaxrl_llm.sampling.constraints import Constraint
 from jaxrl_llm.sampling.slots import Limits, Slots, Stops, Written, decode
 from jaxrl_llm.types import Decoding, Params
@@ -115,7 +115,7 @@ def advance_lanes(
         over=slots.waiting,
         states=slots.states,
     )
-    return moved, [{name: layer[name] for name in ("keys", "values")} for layer in slots.cache]
+    return moved, without_page_table(slots.cache)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="pages")
@@ -134,7 +134,7 @@ def compute_lanes(
     steps = jnp.arange(tokens.shape[1])
     positions = jnp.where(steps < lengths[:, None], starts[:, None] + steps, -1)
     _, cache = model.apply(params, tokens, positions=positions, cache=with_page_table(pages, page_table))
-    return [{name: layer[name] for name in ("keys", "values")} for layer in cache]
+    return without_page_table(cache)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -17,6 +17,11 @@ from jaxrl_llm.types import Params
 Stopped = Literal["turns", "tokens", "calls", "seconds"]
 
 
+def newest(params: Params | Callable[[], tuple[Params, int]]) -> tuple[Params, int]:
+    """Parameters and their version: what a function gives now, or the parameters themselves as version 0."""
+    return params() if callable(params) else (params, 0)
+
+
 class Role(NamedTuple):
     """A policy that takes part in episodes.
 

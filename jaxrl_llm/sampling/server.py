@@ -15,6 +15,7 @@ import numpy as np
 from jaxrl_llm.models.chat import Message, render_chat
 from jaxrl_llm.models.decoder import Model
 from jaxrl_llm.models.tokenizer import Tokenizer
+from jaxrl_llm.sampling.moves import newest
 from jaxrl_llm.sampling.rows import Row, rows_to_rollout
 from jaxrl_llm.sampling.session import Session
 from jaxrl_llm.types import Decoding, Params, Rollout
@@ -169,7 +170,7 @@ class PolicyServer:
                         waiting[self._session.add(ids, number=number)] = future
                     except ValueError as error:  # of this prompt alone
                         future.set_exception(error)
-                params, version = self._params() if callable(self._params) else (self._params, 0)
+                params, version = newest(self._params)
                 for row in self._session.advance(params, version=version, steps=self._steps):
                     said = tuple(row.turn_tokens.tolist())
                     stopped = any(said[-len(stop) :] == stop for stop in self._session.stops)

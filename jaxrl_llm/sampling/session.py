@@ -23,10 +23,10 @@ from jaxrl_llm.sampling.rows import Row, forked_row, new_row
 from jaxrl_llm.sampling.slots import Limits, check_sizes, check_stops
 from jaxrl_llm.types import Decoding, Params
 
-_next_states = jax.jit(next_states)
-
 PREFILL = 16  # so many known tokens are computed side by side; fewer go through decode steps one by one
 NO_LIMIT = 2**30
+
+_next_states = jax.jit(next_states)
 
 
 class Session:
