@@ -82,6 +82,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "dev": DEV,
+        "distributed": ["ray>=2.60"],  # jaxrl_llm.distributed in several processes
         "gpu": ["jax[cuda13]"],  # needs an NVIDIA driver from 580 on; for an older one install jax[cuda12] by hand
         "tpu": ["jax[tpu]"],
     },
