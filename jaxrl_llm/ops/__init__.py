@@ -63,10 +63,36 @@ from jaxrl_llm.ops.returns import (
     vtrace_advantages,
     vtrace_targets,
 )
-from jaxrl_llm.ops.selection import dynamic_sampling_mask
-from jaxrl_llm.ops.shaping import overlong_penalty
+from jaxrl_llm.ops.selection import (
+    best_worst_pairs,
+    dynamic_sampling_mask,
+    pass_rate_mask,
+    resample_indices,
+    reward_filter_weights,
+    score_probs,
+    shortest_correct,
+    top_fraction_mask,
+    top_k_select,
+)
+from jaxrl_llm.ops.shaping import (
+    combine_rewards,
+    format_gated_rewards,
+    group_length_rewards,
+    overlong_penalty,
+    progress_rewards,
+    repetition_scores,
+)
 from jaxrl_llm.ops.supervised_losses import sft_loss, token_cross_entropy, value_loss
 from jaxrl_llm.ops.turns import add_outcome, broadcast_values, last_turn_mask, place_turn_rewards
+from jaxrl_llm.ops.voting import (
+    best_of_k_value,
+    elo_ratings,
+    elo_update,
+    pass_at_k,
+    signal_probability,
+    weighted_vote,
+    win_rate,
+)
 
 __all__ = [
     # reductions over masked tokens
@@ -133,7 +159,29 @@ __all__ = [
     "categorical_kl",
     "symmetric_kl",
     "jensen_shannon",
-    # shaping and selection
+    # rewards from terms
+    "combine_rewards",
+    "format_gated_rewards",
+    "group_length_rewards",
     "overlong_penalty",
+    "progress_rewards",
+    "repetition_scores",
+    # which samples to train on
+    "best_worst_pairs",
     "dynamic_sampling_mask",
+    "pass_rate_mask",
+    "resample_indices",
+    "reward_filter_weights",
+    "score_probs",
+    "shortest_correct",
+    "top_fraction_mask",
+    "top_k_select",
+    # one answer from many, chances, tournaments
+    "best_of_k_value",
+    "elo_ratings",
+    "elo_update",
+    "pass_at_k",
+    "signal_probability",
+    "weighted_vote",
+    "win_rate",
 ]

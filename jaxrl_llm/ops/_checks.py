@@ -16,7 +16,7 @@ def check_shapes(**arguments: tuple[Any, str]) -> None:
 
     A letter stands for the size it had where it was met first; a leading `...` for any number of axes, the same
     everywhere. An argument that is None is passed over. The name tells the type, as in the whole library: what ends in
-    `mask` or `valid` is boolean, what ends in `ids` or `lengths` is an integer.
+    `mask`, `valid` or `correct` is boolean, what ends in `ids` or `lengths` is an integer.
 
     Raises:
       ValueError: names the argument, the shape or type expected, the one it has, and which argument fixed a letter.
@@ -82,7 +82,7 @@ def check_ids_below(name: str, ids: Any, limit: int) -> None:
 
 
 def _check_type(name: str, array: Any) -> None:
-    if name.endswith(("mask", "valid")) and array.dtype != bool:
+    if name.endswith(("mask", "valid", "correct")) and array.dtype != bool:
         raise ValueError(f"{name} must be boolean, got {array.dtype}; pass {name} != 0")
     if name.endswith(("ids", "lengths")) and not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {array.dtype}")

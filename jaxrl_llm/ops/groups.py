@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.ops._checks import check_choice, check_range, check_shapes, is_concrete
-from jaxrl_llm.ops.masked import dense_ids, safe_divide, select
+from jaxrl_llm.ops.masked import all_if_none, dense_ids, safe_divide, select
 
 Center = Literal["none", "group", "batch", "leave_one_out"]
 Scale = Literal["none", "group", "batch"]
@@ -58,7 +58,7 @@ def group_stats(
     The std divides by `count - ddof` and is 0 where that is not positive.
     """
     check_shapes(x=(x, "..."), ids=(ids, "..."), valid=(valid, "..."))
-    stats = _stats(x, dense_ids(ids), _all_if_none(valid, x), ddof)
+    stats = _stats(x, dense_ids(ids), all_if_none(valid, x), ddof)
     return stats.mean, _safe_sqrt(stats.var), stats.number
 
 
@@ -105,7 +105,7 @@ def group_normalize(
     check_range("var_eps", var_eps, 0)
     if scale == "batch" and x.size == 1:
         raise ValueError(f'scale="batch" needs at least 2 values for a std, got x of shape {list(x.shape)}')
-    valid = _all_if_none(valid, x)
+    valid = all_if_none(valid, x)
     groups = dense_ids(ids)
     slots = {"group": groups, "leave_one_out": groups, "batch": None}
     x, keep = select(x, valid), valid
@@ -187,7 +187,7 @@ def informative_group_scale(
     Groups without a valid member do not count. If no group has spread (every advantage is 0), the number of groups.
     """
     check_shapes(rewards=(rewards, "B"), ids=(ids, "B"), valid=(valid, "B"))
-    valid = _all_if_none(valid, rewards)
+    valid = all_if_none(valid, rewards)
     stats = _stats(rewards, dense_ids(ids), valid, 1)
     share = safe_divide(valid.astype(jnp.float32), stats.number)  # the shares of a group's members sum to 1
     return jnp.sum(share) / jnp.maximum(jnp.sum(select(share, stats.spread)), 1)
@@ -196,7 +196,7 @@ def informative_group_scale(
 def first_occurrence_mask(ids: Int[Array, "... N"], valid: Bool[Array, "... N"] | None = None) -> Bool[Array, "... N"]:
     """True at the first of equal ids along the last axis, among the valid ones; for lists, as it compares all pairs."""
     check_shapes(ids=(ids, "... N"), valid=(valid, "... N"))
-    valid = _all_if_none(valid, ids)
+    valid = all_if_none(valid, ids)
     earlier = jnp.tril(jnp.ones((ids.shape[-1],) * 2, bool), -1)
     same = (ids[..., :, None] == ids[..., None, :]) & valid[..., None, :]
     return valid & ~jnp.any(same & earlier, axis=-1)
@@ -206,7 +206,7 @@ def group_spread_mask(
     x: Float[Array, "..."], ids: Int[Array, "..."], valid: Bool[Array, "..."] | None = None
 ) -> Bool[Array, "..."]:
     """True for the valid members of a group in which two valid values differ."""
-    valid = _all_if_none(valid, x)
+    valid = all_if_none(valid, x)
     return valid & _stats(x, dense_ids(ids), valid, 1).spread
 
 
@@ -248,7 +248,3 @@ def _safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The root with gradient 0 instead of infinity at 0."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
-
-
-def _all_if_none(valid: Bool[Array, "..."] | None, x: Array) -> Bool[Array, "..."]:
-    return jnp.ones(x.shape, bool) if valid is None else valid

@@ -24,6 +24,11 @@ def select(x: Float[Array, "..."], mask: Bool[Array, "..."], other: float = 0.0)
     return jnp.where(mask, x, other).astype(jnp.float32)
 
 
+def all_if_none(valid: Bool[Array, "..."] | None, x: Array) -> Bool[Array, "..."]:
+    """`valid`, or true everywhere in the shape of `x`."""
+    return jnp.ones(x.shape, bool) if valid is None else valid
+
+
 def safe_divide(numerator: Float[Array, "..."], denominator: Float[Array, "..."] | float) -> Float[Array, "..."]:
     """`numerator / denominator`, 0 with a zero gradient where the denominator (a count) is not positive."""
     positive = jnp.asarray(denominator) > 0

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxrl_llm.ops
+
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 B, T, K, V = 5, 6, 3, 4
 RNG = np.random.default_rng(3)
@@ -39,6 +41,26 @@ AGGREGATIONS = [
 def quick_jit(function):
     """jit without XLA's optimizations: hundreds of functions are compiled here, each to run on a few numbers."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+class Jitted:
+    """The ops, each call compiled as a whole: called eagerly, every small step of an op is compiled by itself."""
+
+    def __getattr__(self, name):
+        op = getattr(jaxrl_llm.ops, name)
+        return lambda *arrays, **options: quick_jit(lambda *arrays: op(*arrays, **options))(*arrays)
+
+
+JITTED = Jitted()
+
+
+def array(*values):
+    return jnp.array(values, jnp.float32)
+
+
+def check(actual, expected, **tolerance):
+    """Against literals of six decimals, unless a tolerance is given."""
+    np.testing.assert_allclose(actual, expected, **(tolerance or {"rtol": 0, "atol": 2e-6}))
 
 
 def compare(function, oracle, *points, cotangent=None):

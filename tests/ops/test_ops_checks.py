@@ -71,6 +71,30 @@ BAD = [
         r"mirror descent needs at least 2 samples per prompt, got one in group 7",
     ),
     (lambda: ops.prime_advantages(X, REWARDS, MASK, jnp.array([0, 0, 0, 7])), r"at least 2 samples per prompt"),
+    # rewards from terms
+    (lambda: ops.group_length_rewards(IDS, REWARDS, IDS), r"correct must be boolean, got float32"),
+    (lambda: ops.group_length_rewards(IDS, MASK[:, 0], IDS, kind="max"), r"kind must be one of 'min_max'"),
+    (lambda: ops.repetition_scores(X, IDS, min_repeats=1), r"min_repeats must lie in \[2, inf\)"),
+    (lambda: ops.repetition_scores(X, IDS + 3), r"lengths must be at most 3, the width of tokens, got 4"),
+    (lambda: ops.format_gated_rewards(REWARDS, IDS, penalty=()), r"penalty must be a number"),
+    (lambda: ops.format_gated_rewards(REWARDS, IDS * 2, penalty=(-1.0,)), r"state must lie in 0..1, .* got 0..2"),
+    (lambda: ops.combine_rewards({"a": REWARDS}, {"b": 1.0}), r"same names, got \['a'\] and \['b'\]"),
+    (lambda: ops.combine_rewards({"a": REWARDS, "b": X}, {"a": 1.0, "b": 1.0}), r"b must have shape \[B\]"),
+    (lambda: ops.progress_rewards(X, MASK), r"potentials must have one more column"),
+    # which samples to train on
+    (lambda: ops.pass_rate_mask(REWARDS, low=0.9, high=0.1), r"low must be at most high"),
+    (lambda: ops.top_k_select(REWARDS, k=5), r"k must lie in \[1, 4\], got 5"),
+    (lambda: ops.top_fraction_mask(REWARDS, fraction=1.5), r"fraction must lie in \[0, 1\]"),
+    (lambda: ops.score_probs(REWARDS, transform="log"), r"transform must be one of"),
+    (lambda: ops.resample_indices(jax.random.key(0), REWARDS, 2, method="best"), r"method must be one of"),
+    (lambda: ops.reward_filter_weights(REWARDS, IDS, strategy="worst"), r"strategy must be one of"),
+    (lambda: ops.best_worst_pairs(X, rejected="random"), r'rejected="random" needs a key'),
+    (lambda: ops.best_worst_pairs(X[:, :1]), r"a pair needs at least 2 candidates"),
+    # votes and chances
+    (lambda: ops.pass_at_k(IDS + 4, IDS, k=5), r"n of at least k=5"),
+    (lambda: ops.pass_at_k(IDS + 4, IDS + 9, k=2), r"c in 0..n"),
+    (lambda: ops.best_of_k_value(REWARDS, 0), r"k must lie in \[1, inf\), got 0"),
+    (lambda: ops.elo_ratings(X, rounds=1, key=jax.random.key(0)), r"wins must have shape \[M, M\]"),
 ]
 
 

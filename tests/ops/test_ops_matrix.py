@@ -56,6 +56,11 @@ def arrays(seed=0):
         "coef": np.float32(0.1),
         "p": rng.dirichlet(np.ones(V), B).astype(np.float32),
         "q": rng.dirichlet(np.ones(V), B).astype(np.float32),
+        "correct": np.array([1, 0, 1, 1], bool),
+        "state": np.array([0, 2, 1, 0]),
+        "potentials": normal(B, K + 1),
+        "square": rng.uniform(0.1, 1, (B, B)).astype(np.float32),
+        "key": np.asarray(jax.random.key_data(jax.random.key(seed))),
     }
 
 
@@ -123,7 +128,36 @@ CASES = {
     "symmetric_kl": Case(ops.symmetric_kl, "logits other_logits mask"),
     "jensen_shannon": Case(ops.jensen_shannon, "p q"),
     "overlong_penalty": Case(ops.overlong_penalty, "lengths", {"max_len": 100, "buffer": 20}, False),
+    "group_length_rewards": Case(ops.group_length_rewards, "lengths correct group_ids valid", {}, False),
+    "repetition_scores": Case(ops.repetition_scores, "targets state", {}, False),
+    "format_gated_rewards": Case(ops.format_gated_rewards, "rewards valid", {"penalty": (0.0,)}),
+    "combine_rewards": Case(
+        lambda *xs: ops.combine_rewards({"a": xs[0], "b": xs[1]}, {"a": 0.9, "b": 0.1}, xs[2]), "rewards flat valid"
+    ),
+    "progress_rewards": Case(ops.progress_rewards, "potentials turn_mask", {"gamma": 0.9}),
     "dynamic_sampling_mask": Case(ops.dynamic_sampling_mask, "rewards group_ids valid", {}, False),
+    "pass_rate_mask": Case(ops.pass_rate_mask, "flat valid", {}, False),
+    "top_k_select": Case(lambda *xs: ops.top_k_select(*xs, k=2)[1], "x mask", {}, False),
+    "top_fraction_mask": Case(ops.top_fraction_mask, "x mask", {"fraction": 0.4}, False),
+    "score_probs": Case(ops.score_probs, "x mask", {"transform": "proportional"}, False),
+    "resample_indices": Case(  # -1 for an empty row
+        lambda key, *xs: 1 + ops.resample_indices(jax.random.wrap_key_data(key), xs[0], 3, valid=xs[1]),
+        "key weights mask",
+        {},
+        False,
+    ),
+    "reward_filter_weights": Case(ops.reward_filter_weights, "rewards group_ids valid", {}, False),
+    "shortest_correct": Case(lambda *xs: 1 + ops.shortest_correct(*xs), "lengths valid group_ids", {}, False),
+    "best_worst_pairs": Case(ops.best_worst_pairs, "x mask", {"baseline": 0.1}, False),
+    "weighted_vote": Case(lambda *xs: 1 + ops.weighted_vote(*xs), "x turn_ids mask", {}, False),
+    "pass_at_k": Case(ops.pass_at_k, "lengths state", {"k": 3}, False),
+    "best_of_k_value": Case(ops.best_of_k_value, "p", {"k": 4}),
+    "signal_probability": Case(ops.signal_probability, "p", {"group": 4}),
+    "win_rate": Case(ops.win_rate, "rewards flat valid", {"tie": 0.5}, False),
+    "elo_update": Case(ops.elo_update, "values x decay"),
+    "elo_ratings": Case(
+        lambda key, wins: ops.elo_ratings(wins, rounds=2, key=jax.random.wrap_key_data(key)), "key square"
+    ),
 }
 NOT_OPS = {"Aggregation", "Moments"}
 

@@ -5,33 +5,15 @@ import numpy as np
 import pytest
 
 import jaxrl_llm.ops
-from tests.ops.oracles import quick_jit
+from tests.ops.oracles import JITTED as ops
+from tests.ops.oracles import array, check, quick_jit
 
-
-class Jitted:
-    """The ops, each call compiled as a whole: called eagerly, every small step of an op is compiled by itself."""
-
-    def __getattr__(self, name):
-        op = getattr(jaxrl_llm.ops, name)
-        return lambda *arrays, **options: quick_jit(lambda *arrays: op(*arrays, **options))(*arrays)
-
-
-ops = Jitted()
-CLOSE = {"rtol": 0, "atol": 2e-6}  # the literals have six decimals
 MASK = np.arange(4) < np.array([3, 2, 4, 1])[:, None]
 REWARDS, ONE_GROUP = jnp.array([1.0, 0, 1, 0]), jnp.zeros(4, jnp.int32)
 
 
-def array(*values):
-    return jnp.array(values, jnp.float32)
-
-
 def first_token(advantages):
     return advantages[:, 0]
-
-
-def check(actual, expected, **tolerance):
-    np.testing.assert_allclose(actual, expected, **(tolerance or CLOSE))
 
 
 def test_group_advantages():
