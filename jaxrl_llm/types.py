@@ -107,7 +107,7 @@ class Rollout:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rollout", "mask", "old_logprobs", "ref_logprobs", "advantages", "returns", "old_values"],
+    data_fields=["rollout", "mask", "old_logprobs", "ref_logprobs", "advantages", "returns", "old_values", "weights"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Batch:
     ref_logprobs: Float[Array, "B T"] | None = None  # under the reference, where there is one
     returns: Float[Array, "B T"] | None = None  # targets of a critic
     old_values: Float[Array, "B T"] | None = None
+    weights: Float[Array, "B T"] | None = None  # of the tokens' losses, where they are not all alike
 
 
 @partial(

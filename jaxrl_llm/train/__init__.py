@@ -30,6 +30,7 @@ from jaxrl_llm.train.state import (
     apply_gradients,
     init_state,
     make_optimizer,
+    make_policy_step,
     make_schedule,
     mean_metrics,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_sft_step",
+    "make_policy_step",
     "mean_metrics",
     "optimizer_config",
     "over_seeds",

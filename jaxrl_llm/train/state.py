@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxrl_llm.ops import Aggregation, loss_denominator
 from jaxrl_llm.train.sharding import constrain_rows, constrain_state
 from jaxrl_llm.types import Metrics, Params, TrainState
 
@@ -214,6 +215,50 @@ def accumulate_gradients(
     (total, summed), metrics = jax.lax.scan(add, start, slices)
     grads = jax.tree.map(lambda leaf, param: (leaf / denominator).astype(param.dtype), summed, params)
     return total / denominator, grads, jax.tree.map(lambda metric: jnp.mean(metric, axis=0), metrics)
+
+
+def make_policy_step(
+    loss_fn: Callable[[Params, PyTree, Float[Array, ""]], tuple[Float[Array, ""], Metrics]],
+    optimizer: optax.GradientTransformation,
+    *,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    micro_batches: int = 1,
+    mini_batches: int = 1,
+) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
+    """`step(state, batch) -> (state, metrics)`: a pass over the batch, with an update for each of its mini-batches.
+
+    `loss_fn(params, batch, denominator) -> (loss, metrics)` gets a micro-batch, and the denominator of its whole
+    mini-batch for the mean `agg` over `batch.mask`: every micro-batch then has its right share, whatever it holds.
+    Rows are divided in their order, so a group of rollouts stays together where sizes divide. Metrics are means over
+    mini-batches (`mean_metrics`), but for `first_ratio_error`, if the loss has `ratio_max` and `ratio_min`: how far
+    the ratio is from 1 in the first mini-batch, where sampler and trainer should agree.
+
+    Raises:
+      ValueError: the rows do not divide into mini-batches and micro-batches.
+    """
+
+    def update(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        denominator = loss_denominator(batch.mask, agg=agg, max_len=max_len)
+        loss, grads, metrics = accumulate_gradients(
+            lambda params, micro: loss_fn(params, micro, denominator), state.params, batch, micro_batches
+        )
+        state, norms = apply_gradients(state, grads, optimizer, loss)
+        return state, {"loss": loss, **metrics, **norms}
+
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        rows = batch.mask.shape[0]
+        if rows % mini_batches:
+            raise ValueError(f"a batch of {rows} rows does not divide into mini_batches={mini_batches}")
+        parts = jax.tree.map(lambda leaf: leaf.reshape(mini_batches, rows // mini_batches, *leaf.shape[1:]), batch)
+        state, stacked = jax.lax.scan(update, state, parts)
+        metrics = mean_metrics(stacked)
+        if {"ratio_max", "ratio_min"} <= stacked.keys():
+            error = jnp.maximum(stacked["ratio_max"][0] - 1, 1 - stacked["ratio_min"][0])
+            metrics["first_ratio_error"] = error
+        return state, metrics
+
+    return step
 
 
 def mean_metrics(stacked: Metrics) -> Metrics:

@@ -1,15 +1,20 @@
 """Schedules, the guard against non-finite updates, and micro-batches."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from jaxrl_llm import ops
 from jaxrl_llm.train import (
     accumulate_gradients,
     apply_gradients,
     init_state,
     make_optimizer,
+    make_policy_step,
     make_schedule,
     mean_metrics,
     optimizer_config,
@@ -129,3 +134,35 @@ def test_mean_metrics_of_several_updates():
         }
     )
     assert {name: float(value) for name, value in metrics.items()} == {"loss": 2.0, "skipped": 5.0, "bad_leaf": 2.0}
+
+
+class Rows(NamedTuple):
+    mask: jax.Array
+    x: jax.Array
+
+
+@pytest.mark.parametrize(("mini_batches", "micro_batches"), [(1, 2), (2, 2)])
+def test_a_policy_step_is_updates_by_hand(mini_batches, micro_batches):
+    """Unequal masks: a micro-batch weighs as many tokens as it has, and a mini-batch is an update of its own."""
+    mask = jnp.arange(6) < jnp.array([6, 1, 2, 5, 0, 3, 4, 1])[:, None]
+    batch, optimizer = Rows(mask, jax.random.normal(jax.random.key(0), mask.shape)), optax.sgd(0.1)
+
+    def loss_fn(params, rows, denominator):
+        ratio = jnp.exp(params["w"] * rows.x)
+        loss = ops.reduce_loss(jnp.square(ratio - 2), rows.mask, denominator=denominator)
+        return loss, {"ratio_max": jnp.max(ratio), "ratio_min": jnp.min(ratio)}
+
+    state = init_state({"w": jnp.float32(0.3)}, optimizer, 0)
+    step = make_policy_step(loss_fn, optimizer, mini_batches=mini_batches, micro_batches=micro_batches)
+    after, metrics = jax.jit(step)(state, batch)
+    w, losses = state.params["w"], []
+    for rows in np.split(np.arange(8), mini_batches):
+        part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
+        loss, grad = jax.value_and_grad(lambda w, part=part: loss_fn({"w": w}, part, part.mask.sum())[0])(w)
+        w, losses = w - 0.1 * grad, [*losses, loss]
+    # Float32 sums of 22 terms in another order.
+    np.testing.assert_allclose(after.params["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    assert metrics["first_ratio_error"] > 0
+    with pytest.raises(ValueError, match="a batch of 8 rows does not divide into mini_batches=3"):
+        make_policy_step(loss_fn, optimizer, mini_batches=3)(state, batch)

@@ -1,0 +1,1 @@
+"""How a policy is improved from the rewards of what it wrote."""

@@ -1,0 +1,62 @@
+"""The pages of the family `policy_optimization`: each runs at tiny size, and traces with the settings of its paper."""
+
+import importlib
+
+import jax
+import pytest
+
+from experiments import all_pages, load_page
+from jaxrl_llm import train
+from jaxrl_llm.train.config import override
+
+PAGES = [files for files in all_pages() if files.family == "policy_optimization"]
+POLICY_PAGES = [files for files in PAGES if hasattr(load_page(files), "build")]
+
+
+def config_of(files, arm, overrides=()):
+    config = importlib.import_module(".".join(files.config.with_suffix("").parts)).get_config(arm)
+    for key, value in dict(overrides).items():
+        override(config, key, value)
+    return config
+
+
+def shapes(page, config):
+    """State and metrics of an iteration, traced and not run."""
+    parts = page.build(config)
+
+    def start_and_iterate(key):
+        state = parts.init(parts.model.init(key), 0)
+        return state, parts.iteration(state)
+
+    return jax.eval_shape(start_and_iterate, jax.random.key(0))
+
+
+def slugs(files):
+    return [one.slug for one in files]
+
+
+@pytest.mark.parametrize("files", PAGES, ids=slugs(PAGES))
+def test_runs_at_tiny_size(files, tmp_path):
+    page, config = load_page(files), config_of(files, "tiny")
+    summary = train.run_page(page, config, tmp_path, quiet=True)
+    for table in page.TABLES.values():
+        for metric in table.columns:
+            train.find_metric(summary, metric)
+
+
+@pytest.mark.parametrize("files", POLICY_PAGES, ids=slugs(POLICY_PAGES))
+def test_paper_settings_trace(files):
+    page = load_page(files)
+    before, (after, metrics) = shapes(page, config_of(files, "paper"))
+    assert jax.tree.map(jax.numpy.shape, before) == jax.tree.map(jax.numpy.shape, after)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("files", POLICY_PAGES, ids=slugs(POLICY_PAGES))
+def test_arms_of_the_tables_trace(files):
+    page, seen = load_page(files), set()
+    for table in page.TABLES.values():
+        for arm in table.arms.values():
+            if (key := repr(sorted(arm.items()))) not in seen:
+                seen.add(key)
+                shapes(page, config_of(files, "tiny", arm))
