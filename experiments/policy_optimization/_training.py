@@ -22,7 +22,7 @@ from jaxrl_llm.data.worlds import arithmetic
 from jaxrl_llm.envs import SingleTurnEnv
 from jaxrl_llm.models import DecoderConfig, Model, make_decoder, make_scalar_head
 from jaxrl_llm.sampling import rollout, rollout_hidden, score_rollout
-from jaxrl_llm.types import Decoding, Metrics, Params, Rollout, TrainState
+from jaxrl_llm.types import Batch, Decoding, Metrics, Params, Rollout, TrainState
 
 
 class World(NamedTuple):
@@ -162,6 +162,45 @@ def make_step(config: ConfigDict, loss_fn: Callable[..., Any], optimizer: optax.
     )
 
 
+def make_clip_step(config: ConfigDict, model: Model, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """`step(state, batch) -> (state, metrics)`: PPO's clipped loss with the config's clips and mean, and the k3
+    estimate of the KL where `config.kl_coefficient` is not 0."""
+
+    def loss_fn(params: Params, batch: Batch, denominator: Array) -> tuple[Array, Metrics]:
+        mean: dict[str, Any] = {"agg": config.agg, "max_len": config.max_turn_tokens, "denominator": denominator}
+        decoding = Decoding(**config.decoding)
+        logprobs, entropy = score_rollout(model, params["policy"], batch.rollout, mask=batch.mask, decoding=decoding)
+        loss, metrics = ops.ppo_clip_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.mask,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            weights=batch.weights,
+            **mean,
+        )
+        if config.kl_coefficient:
+            assert batch.ref_logprobs is not None  # whoever makes the batch puts it there
+            kl = ops.kl_estimate(logprobs, batch.ref_logprobs, kind="k3", mask=batch.mask)
+            loss += config.kl_coefficient * ops.reduce_loss(kl, batch.mask, **mean)
+            metrics["kl"] = ops.masked_mean(kl, batch.mask)
+        return loss, metrics | {"entropy": ops.masked_mean(entropy, batch.mask)}
+
+    return make_step(config, loss_fn, optimizer)
+
+
+def init_policy(config: ConfigDict, optimizer: optax.GradientTransformation) -> Callable[[Params, Array], TrainState]:
+    """`init(reference, seed) -> state` of a policy alone, with its reference if there is a KL."""
+
+    def init(reference: Params, seed: Array) -> TrainState:
+        ref_params = reference if config.kl_coefficient else None
+        return train.init_state({"policy": reference}, optimizer, seed, ref_params=ref_params)
+
+    return init
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raises ValueError, with the choices there are, for a setting that has none of them."""
     if value not in choices:
@@ -189,7 +228,7 @@ class Parts(NamedTuple):
 
 def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> TrainState:
     """Warm start, then iterations until the steps are done; the summary has the held-out metrics of both policies (one
-    sampled response a problem), and means over the run of `success` (held out), `reward`, `entropy` and `grad_norm`."""
+    sampled response a problem), and means over the run: `success` held out and in training, entropy, gradient norm."""
     world, model, init, iteration, describe = parts
     reference = warm_start(config, model, world)
 
@@ -213,7 +252,7 @@ def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> TrainSt
     for name, policy in {"warm_start": start, "trained": trained}.items():
         summary[name], rewards = jax.device_get(train.over_seeds(evaluate, config.seed)(policy))
         log.outcomes(f"{name}.success", rewards)
-    curves = {"success": "eval/success", "reward": "reward", "entropy": "entropy", "grad_norm": "grad_norm"}
+    curves = {"success": "eval/success", "train_success": "success", "entropy": "entropy", "grad_norm": "grad_norm"}
     summary["mean"] = {name: np.mean(read_curve(config, log, metric), axis=-1) for name, metric in curves.items()}
     log.summary({**summary, "minutes": round((time.perf_counter() - log.opened) / 60, 2)})
     return state

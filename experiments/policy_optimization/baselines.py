@@ -158,7 +158,7 @@ def make_iteration(
             )
         batch, metrics = make_batch(config, model, state, sampled, greedy_rewards)
         state, updates = train_step(state, batch)
-        return state, {"reward": jnp.mean(sampled.rewards), **metrics, **updates, **describe_rollout(sampled)}
+        return state, {**metrics, **updates, **describe_rollout(sampled)}
 
     return iteration
 
@@ -237,7 +237,7 @@ TABLES = {
             "noisy": {"sampler_noise": 0.3},
             "corrected": {"sampler_noise": 0.3, "importance_cap": 2.0},
         },
-        metrics=["trained.success", "mean.reward"],
+        metrics=["trained.success", "mean.train_success"],
         claims=[train.better("corrected", "noisy"), train.better("clean", "corrected")],
     ),
 }
