@@ -30,6 +30,7 @@ from jaxrl_llm.ops.groups import (
     masked_whiten,
     segment_reduce,
 )
+from jaxrl_llm.ops.logits import masked_log_softmax, nucleus_mask, top_k_mask
 from jaxrl_llm.ops.logprobs import token_logprobs
 from jaxrl_llm.ops.masked import (
     Aggregation,
@@ -45,6 +46,8 @@ from jaxrl_llm.ops.masked import (
     sequence_logprob,
     update_moments,
 )
+from jaxrl_llm.ops.matching import box_iou, exact_match_ids, fbeta, set_fscore, token_f1_ids
+from jaxrl_llm.ops.meta import interpolate_params, project_conflicting_grads
 from jaxrl_llm.ops.policy_losses import (
     cispo_loss,
     gspo_loss,
@@ -54,6 +57,7 @@ from jaxrl_llm.ops.policy_losses import (
     reinforce_loss,
     shape_ratio,
 )
+from jaxrl_llm.ops.preference import PairStats, dpo_loss, pair_margins, pairwise_logistic_loss
 from jaxrl_llm.ops.returns import (
     discounted_returns,
     gae_advantages,
@@ -83,6 +87,12 @@ from jaxrl_llm.ops.shaping import (
     repetition_scores,
 )
 from jaxrl_llm.ops.supervised_losses import sft_loss, token_cross_entropy, value_loss
+from jaxrl_llm.ops.trees import (
+    branch_node_mask,
+    choose_branch,
+    semantic_branch_scores,
+    tree_segment_advantages,
+)
 from jaxrl_llm.ops.turns import add_outcome, broadcast_values, last_turn_mask, place_turn_rewards
 from jaxrl_llm.ops.voting import (
     best_of_k_value,
@@ -150,6 +160,11 @@ __all__ = [
     "value_loss",
     "sft_loss",
     "token_cross_entropy",
+    # losses of pairs
+    "PairStats",
+    "dpo_loss",
+    "pair_margins",
+    "pairwise_logistic_loss",
     # log-probs from hidden states
     "token_logprobs",
     # entropies and divergences
@@ -159,6 +174,24 @@ __all__ = [
     "categorical_kl",
     "symmetric_kl",
     "jensen_shannon",
+    # tokens that a policy may choose from
+    "masked_log_softmax",
+    "nucleus_mask",
+    "top_k_mask",
+    # trees of parameters and of gradients
+    "interpolate_params",
+    "project_conflicting_grads",
+    # trees of rollouts
+    "branch_node_mask",
+    "choose_branch",
+    "semantic_branch_scores",
+    "tree_segment_advantages",
+    # overlap of sets, answers and boxes
+    "box_iou",
+    "exact_match_ids",
+    "fbeta",
+    "set_fscore",
+    "token_f1_ids",
     # rewards from terms
     "combine_rewards",
     "format_gated_rewards",

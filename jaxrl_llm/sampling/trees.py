@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.models.decoder import Model
+from jaxrl_llm.ops.trees import prefix_holders
 from jaxrl_llm.sampling.host import host_rollout
 from jaxrl_llm.sampling.moves import Episode, Fork
 from jaxrl_llm.sampling.rows import Row
@@ -146,22 +147,11 @@ def path_weights(rollout: Rollout) -> Float[Array, "B T"]:
     From `parent` and `fork_position` alone, which must name rows of this batch: flatten before rows are selected.
     """
     num_rows, length = rollout.tokens.shape
-    holder = jnp.broadcast_to(jnp.arange(num_rows)[:, None], (num_rows, length))
     columns = jnp.arange(length)
     inside = columns < rollout.lengths[:, None]
     if rollout.parent is None or rollout.fork_position is None:
         return inside.astype(jnp.float32)
-    parent, fork_position = rollout.parent, rollout.fork_position
-
-    def inherited(holder: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-        return (columns < fork_position[holder]) & (parent[holder] >= 0)
-
-    # the row that drew a token: up the tree, all tokens at once
-    holder = jax.lax.while_loop(
-        lambda holder: jnp.any(inherited(holder)),
-        lambda holder: jnp.where(inherited(holder), parent[holder], holder),
-        holder,
-    )
+    holder = prefix_holders(rollout.parent, rollout.fork_position, length)[:, 1:]  # the row that drew a token
     shares = jnp.zeros((num_rows, length)).at[holder, columns].add(inside.astype(jnp.float32))
     return jnp.where(inside, 1 / jnp.maximum(shares[holder, columns], 1), 0)
 

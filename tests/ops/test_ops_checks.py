@@ -8,6 +8,7 @@ import pytest
 from jaxrl_llm import ops
 
 X, MASK, IDS, REWARDS = jnp.ones((4, 3)), jnp.ones((4, 3), bool), jnp.array([0, 0, 1, 1]), jnp.arange(4.0)
+PAIRS = ops.PairStats(*[REWARDS] * 6)
 
 BAD = [
     # shapes and types
@@ -90,6 +91,32 @@ BAD = [
     (lambda: ops.reward_filter_weights(REWARDS, IDS, strategy="worst"), r"strategy must be one of"),
     (lambda: ops.best_worst_pairs(X, rejected="random"), r'rejected="random" needs a key'),
     (lambda: ops.best_worst_pairs(X[:, :1]), r"a pair needs at least 2 candidates"),
+    # tokens and trees
+    (lambda: ops.nucleus_mask(X, top_p=0.0), r"top_p must lie in \(0, 1\], got 0.0"),
+    (lambda: ops.top_k_mask(X, 0), r"top_k must be a whole number of at least 1"),
+    (lambda: ops.masked_log_softmax(X, X), r"allowed_mask must be boolean"),
+    (lambda: ops.interpolate_params({"a": X}, {"a": X[0]}, 0.5), r"leaf \['a'\] must hold floats of one shape"),
+    (lambda: ops.interpolate_params(X, X, 1.5), r"weight must lie in \[0, 1\]"),
+    (lambda: ops.project_conflicting_grads([X, IDS], [X, IDS]), r"leaf \[1\] must hold floats"),
+    (lambda: ops.semantic_branch_scores(X[:, :1], X[:, :1, None]), r"a branch needs at least 2 candidates"),
+    (lambda: ops.semantic_branch_scores(X, X[..., None], form="cosine"), r"form must be one of"),
+    (lambda: ops.choose_branch(X, IDS, jax.random.key(0), eps=1.5), r"eps must lie in \[0, 1\]"),
+    (lambda: ops.branch_node_mask(jnp.array([-1, 2, 3, 1]), IDS, max_len=3), r"and no circle, got \[-1 .2 .3 .1\]"),
+    (lambda: ops.branch_node_mask(jnp.array([-1, 0, 4, 0]), IDS, max_len=3), r"parent must name rows of the batch"),
+    (lambda: ops.branch_node_mask(IDS - 1, IDS + 3, max_len=3), r"branch_pos must be at most max_len=3, got 4"),
+    # overlaps
+    (lambda: ops.fbeta(REWARDS, REWARDS, beta=0.0), r"beta must lie in \(0, inf\)"),
+    (lambda: ops.set_fscore(MASK, MASK[:, :2]), r"gold_mask must have shape"),
+    (lambda: ops.box_iou(X, X), r"boxes must have 4 coordinates on the last axis, got \[4, 3\]"),
+    (lambda: ops.token_f1_ids(X.astype(int), MASK, X.astype(int), MASK), r"gold_ids must have shape \[B, G, M\]"),
+    # pairs
+    (lambda: ops.pair_margins(X[:3], X[:3], MASK[:3]), r"their number must be even, got 3"),
+    (lambda: ops.pairwise_logistic_loss(REWARDS, REWARDS[:2]), r"labels must have shape"),
+    (lambda: ops.dpo_loss(PAIRS, kind="apo"), r"kind must be one of 'sigmoid', 'robust'.*; got 'apo'"),
+    (lambda: ops.dpo_loss(PAIRS, kind="exo_pair"), r'"exo_pair" needs label_smoothing above 0'),
+    (lambda: ops.dpo_loss(PAIRS, label_smoothing=0.5), r"label_smoothing must lie in \[0, 0.5\)"),
+    (lambda: ops.dpo_loss(PAIRS, beta=0.0), r"beta must lie in \(0, inf\), got 0.0"),
+    (lambda: ops.dpo_loss(PAIRS, kind="aot", weights=REWARDS), r"weights of pairs mean nothing"),
     # votes and chances
     (lambda: ops.pass_at_k(IDS + 4, IDS, k=5), r"n of at least k=5"),
     (lambda: ops.pass_at_k(IDS + 4, IDS + 9, k=2), r"c in 0..n"),
@@ -122,6 +149,8 @@ def test_what_cannot_be_looked_at_under_jit_gives_zero():
     late = jax.jit(jax.grad(lambda seq, ids: ops.mirror_descent_loss(seq, REWARDS, REWARDS, ids, tau=1.0)[0]))
     assert late(REWARDS + 1, lone)[3] == 0
     assert not jax.jit(ops.broadcast_values)(X, jnp.full((4, 5), 9)).any()
+    circle = jax.jit(lambda parent: ops.branch_node_mask(parent, IDS, max_len=3))(jnp.array([1, 0, -1, -1]))
+    assert circle[:, 0].all()  # it ends
 
 
 def test_numpy_arrays_are_welcome():

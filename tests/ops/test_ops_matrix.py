@@ -4,7 +4,7 @@ A new op joins by one line in CASES, which the first test asks for.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import chex
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import ops
+from jaxrl_llm.ops.preference import DpoKind
 from tests.ops.oracles import quick_jit
 
 B, T, K, V = 4, 6, 3, 5
@@ -58,6 +59,11 @@ def arrays(seed=0):
         "q": rng.dirichlet(np.ones(V), B).astype(np.float32),
         "correct": np.array([1, 0, 1, 1], bool),
         "state": np.array([0, 2, 1, 0]),
+        "other_mask": ~mask,
+        "golds": rng.integers(0, V, (B, 2, T)),
+        "gold_mask": np.stack([mask, ~mask], axis=1),
+        "parent": np.array([-1, 0, -1, 2]),
+        "branch_pos": np.array([-1, 2, 0, 4]),
         "potentials": normal(B, K + 1),
         "square": rng.uniform(0.1, 1, (B, B)).astype(np.float32),
         "key": np.asarray(jax.random.key_data(jax.random.key(seed))),
@@ -149,6 +155,43 @@ CASES = {
     "reward_filter_weights": Case(ops.reward_filter_weights, "rewards group_ids valid", {}, False),
     "shortest_correct": Case(lambda *xs: 1 + ops.shortest_correct(*xs), "lengths valid group_ids", {}, False),
     "best_worst_pairs": Case(ops.best_worst_pairs, "x mask", {"baseline": 0.1}, False),
+    "nucleus_mask": Case(ops.nucleus_mask, "logits", {"top_p": 0.7, "min_keep": 2}, False),
+    "top_k_mask": Case(ops.top_k_mask, "logits", {"k": 2}, False),
+    "masked_log_softmax": Case(lambda *xs: jnp.exp(ops.masked_log_softmax(*xs)), "x mask"),
+    # trees keep the type of their leaves
+    "interpolate_params": Case(lambda old, *xs: ops.interpolate_params(old.astype(jnp.float32), *xs), "x values coef"),
+    "project_conflicting_grads": Case(
+        lambda grads, *xs: ops.project_conflicting_grads(grads.astype(jnp.float32), *xs), "x values"
+    ),
+    "semantic_branch_scores": Case(ops.semantic_branch_scores, "logprobs logits"),
+    "choose_branch": Case(
+        lambda x, lengths, key: ops.choose_branch(x, lengths, jax.random.wrap_key_data(key), eps=0.5),
+        "x state key",
+        {},
+        False,
+    ),
+    "branch_node_mask": Case(ops.branch_node_mask, "parent branch_pos", {"max_len": T}, False),
+    "tree_segment_advantages": Case(
+        ops.tree_segment_advantages, "rewards mask lengths group_ids valid", {"length_exponent": 1.0}
+    ),
+    "pairwise_logistic_loss": Case(
+        ops.pairwise_logistic_loss, "flat labels=greedy_rewards weights=rewards valid=valid"
+    ),
+    "pair_margins": Case(ops.pair_margins, "logprobs old_logprobs mask"),
+    "dpo_loss": Case(
+        lambda chosen, rejected, counts, valid: ops.dpo_loss(
+            ops.PairStats(chosen, rejected, jnp.zeros(B), jnp.zeros(B), counts, counts),
+            kind=dict.fromkeys(get_args(DpoKind), 0.5),
+            label_smoothing=0.1,
+            valid=valid,
+        ),
+        "flat rewards lengths valid",
+    ),
+    "fbeta": Case(ops.fbeta, "p q", {"beta": 2.0}),
+    "set_fscore": Case(ops.set_fscore, "mask other_mask", {}, False),
+    "box_iou": Case(lambda a, b: ops.box_iou(a[..., :4], b[..., :4]), "x values"),
+    "exact_match_ids": Case(ops.exact_match_ids, "targets mask golds gold_mask", {}, False),
+    "token_f1_ids": Case(ops.token_f1_ids, "targets mask golds gold_mask", {}, False),
     "weighted_vote": Case(lambda *xs: 1 + ops.weighted_vote(*xs), "x turn_ids mask", {}, False),
     "pass_at_k": Case(ops.pass_at_k, "lengths state", {"k": 3}, False),
     "best_of_k_value": Case(ops.best_of_k_value, "p", {"k": 4}),
@@ -159,7 +202,7 @@ CASES = {
         lambda key, wins: ops.elo_ratings(wins, rounds=2, key=jax.random.wrap_key_data(key)), "key square"
     ),
 }
-NOT_OPS = {"Aggregation", "Moments"}
+NOT_OPS = {"Aggregation", "Moments", "PairStats"}
 
 
 def names_of(case):
