@@ -90,7 +90,9 @@ def test_list_describes_pages_and_survives_a_broken_one(tmp_path, capsys, monkey
     (tmp_path / "bandit_page" / "main.json").write_text(json.dumps(table))
     entry = list_command.describe(files, results=tmp_path)
     assert entry["tables"]["main"] == {"trained > frozen + 0.05": "holds", "frozen > trained": "not run"}
-    assert list_command.status(entry["tables"]) == "main: 1 hold, 1 not run"
+    assert list_command.status(entry["tables"]) == "main: 1 held, 1 not run"
+    counts = list_command.count_outcomes([entry, entry | {"needs_scale": ["a 7B model"]}])
+    assert dict(counts) == {"held": 2, "did not hold": 0, "undecided": 0, "not run": 2, "not reproducible small": 1}
 
     broken = tmp_path / "broken.py"
     broken.write_text("import no_such_module\n")
@@ -105,6 +107,14 @@ def test_list_describes_pages_and_survives_a_broken_one(tmp_path, capsys, monkey
     assert list_command.main([]) == 0
     assert "cannot be imported" in capsys.readouterr().out
     assert list_command.main(["--family=none"]) == 2
+
+
+def test_readmes_hold_the_outcomes_that_are_there():
+    entries = list_command.all_entries()
+    for path, text in list_command.tables_to_write(entries).items():
+        assert path.read_text() == text, "renew it: python -m experiments.list --write"
+    surveys = {entry["slug"] for entry in entries if entry["kind"] == "survey"}
+    assert {"technical_survey_rl_llm", "survey_100_days_r1", "rft_mllm_position", "roadmap_o1"} <= surveys
 
 
 def test_pages_of_the_checkout_have_what_a_page_needs():
