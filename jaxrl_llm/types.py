@@ -127,7 +127,7 @@ class Batch:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "opt_state", "step", "seed", "skipped", "skipped_in_row", "ref_params"],
+    data_fields=["params", "opt_state", "step", "seed", "skipped", "skipped_in_row", "ref_params", "memory"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,7 @@ class TrainState:
     skipped: Int[Array, ""]  # updates left out because loss or gradient was not finite
     skipped_in_row: Int[Array, ""]
     ref_params: Params | None = None  # the frozen reference policy, where the algorithm has one
+    memory: PyTree = None  # arrays that an algorithm carries on besides: records of problems, replay, moments
 
 
 class Span(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from jaxrl_llm import ops, train
@@ -111,11 +111,18 @@ def critic_values(config: ConfigDict, model: Model, params: Params, sampled: Rol
 
 def draw_tasks(config: ConfigDict, tasks: PyTree, state: TrainState) -> tuple[PyTree, jax.Array]:
     """`config.prompts` different problems for this step, and the step's key for what else is random."""
+    chosen, key = choose_problems(config, tasks, state)
+    return jax.tree.map(lambda leaf: leaf[chosen], tasks), key
+
+
+def choose_problems(
+    config: ConfigDict, tasks: PyTree, state: TrainState, probs: Float[Array, "N"] | None = None
+) -> tuple[Int[Array, "P"], jax.Array]:
+    """Which problems the step takes, evenly or with the given probabilities, none twice; and the step's key."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.seed), state.step)
     task_key, key = jax.random.split(key)
     number = jax.tree.leaves(tasks)[0].shape[0]
-    chosen = jax.random.choice(task_key, number, (config.prompts,), replace=False)
-    return jax.tree.map(lambda leaf: leaf[chosen], tasks), key
+    return jax.random.choice(task_key, number, (config.prompts,), replace=False, p=probs), key
 
 
 def play(

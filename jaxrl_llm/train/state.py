@@ -102,9 +102,10 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int | Int[Array, ""],
     ref_params: Params | None = None,
+    memory: PyTree | None = None,
 ) -> TrainState:
-    """The state before the first iteration. `ref_params` is the frozen reference policy, where the algorithm has
-    one."""
+    """The state before the first iteration. `ref_params` is the frozen reference policy, where the algorithm has one,
+    `memory` whatever else it carries from step to step."""
     state = TrainState(
         params=params,
         opt_state=optimizer.init(params),
@@ -113,6 +114,7 @@ def init_state(
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
         ref_params=ref_params,
+        memory=memory,
     )
     return constrain_state(state)
 
