@@ -32,6 +32,7 @@ from jaxrl_llm.models.previous_token import previous_token_head
 from jaxrl_llm.models.rotary import Rope
 from jaxrl_llm.models.sentence import Embedder, load_embedder
 from jaxrl_llm.models.seq2seq import Seq2SeqConfig, Seq2SeqModel, make_seq2seq, relative_position_buckets, shift_right
+from jaxrl_llm.models.stacking import stack_layers, unstack_layers
 from jaxrl_llm.models.tokenizer import Tokenizer, decode_stream, load_tokenizer, stop_sequences
 from jaxrl_llm.models.weights import count_params, load_params, save_params
 
@@ -82,7 +83,9 @@ __all__ = [
     "save_lora",
     "save_params",
     "shift_right",
+    "stack_layers",
     "stop_sequences",
     "text_behind_turn",
     "trainable_count",
+    "unstack_layers",
 ]

@@ -81,8 +81,8 @@ def find_targets(params: Params, targets: Sequence[str]) -> list[Path]:
       ValueError: a target matches none; the message lists the names that there are.
     """
     flat = {tuple(map(str, path)): leaf for path, leaf in flatten_dict(params).items()}
-    paths = [path[:-1] for path, leaf in flat.items() if path[-1] == "kernel" and len(leaf.shape) == 2]
-    paths += [path for path, leaf in flat.items() if path[-1] != "kernel" and len(leaf.shape) == 3]
+    paths = [path[:-1] for path, leaf in flat.items() if path[-1] == "kernel" and len(leaf.shape) >= 2]
+    paths += [path for path, leaf in flat.items() if path[-1] != "kernel" and len(leaf.shape) >= 3]
     found = set()
     for target in targets:
         matches = [path for path in paths if re.fullmatch(rf"(?:.*\.)?(?:{target})", ".".join(path))]
@@ -227,8 +227,8 @@ def _prefix_of(model: Model, params: Params, tokens: Int[Array, "N"]) -> Params:
 
 def _put_prefix(cache: Cache, prefix: Params, batch: int, length: int) -> Cache:
     layers = [prefix["layers"][str(i)] for i in range(len(cache))]
-    if layers[0]["values"].shape[1] != length:
-        raise ValueError(f"the prefix has {layers[0]['values'].shape[1]} positions, the model was made for {length}")
+    if layers[0]["values"].shape[-2] != length:
+        raise ValueError(f"the prefix has {layers[0]['values'].shape[-2]} positions, the model was made for {length}")
     rows = [
         {name: jnp.broadcast_to(x.astype(old[name].dtype), (batch, *x.shape)) for name, x in layer.items()}
         for layer, old in zip(layers, cache, strict=True)
@@ -236,7 +236,7 @@ def _put_prefix(cache: Cache, prefix: Params, batch: int, length: int) -> Cache:
     if "page_table" in cache[0]:  # rows that share a first page write the same into it
         places = jnp.broadcast_to(jnp.arange(length), (batch, length))
         return [
-            write_cache(old, jnp.moveaxis(row["keys"], 3, 1), jnp.moveaxis(row["values"], 2, 1), places)
+            write_cache(old, jnp.moveaxis(row["keys"], -1, 1), jnp.moveaxis(row["values"], -2, 1), places)
             for old, row in zip(cache, rows, strict=True)
         ]
     return replace_prefix(cache, rows, jnp.ones(batch, bool))

@@ -19,7 +19,8 @@ from jaxrl_llm.models.rotary import rotate
 # Per layer {"keys": [B, KV, D, S], "values": [B, KV, S, D]}; the entry at s belongs to position s. Keys lie as the
 # product with the queries reads them: a decode step of benchmarks/grpo_step.py is a fifth faster for it on a CPU.
 # With a "page_table" [B, M] beside them, the first axis are pages of S places each, which rows may share: position p of
-# row b lies in page `page_table[b, p // S]`.
+# row b lies in page `page_table[b, p // S]`. With `scan_layers` there is an entry for each layer of a period, which has
+# those of its repetitions on an axis behind the first, [B, L, KV, D, S]; attention is told of which it is as "layer".
 Cache = list[dict[str, Float[Array, "B KV _ _"]]]
 
 FEW = 16  # so many new tokens read the cache as a decode step does; more are worth blocks of queries
@@ -55,16 +56,17 @@ def write_cache(
     positions: Int[Array, "B T"],
 ) -> dict[str, Float[Array, "B KV _ _"]]:
     """The cache of a layer with new entries at their positions; position -1 marks padding, which is not written."""
-    size = cache["values"].shape[2]
+    size = cache["values"].shape[-2]
     rows, slots = jnp.arange(positions.shape[0])[:, None], positions
     if "page_table" in cache:
         rows = jnp.take_along_axis(cache["page_table"], jnp.maximum(positions, 0) // size, axis=1)
         slots = positions % size
     # the index of padding lies behind the end, where a write is dropped
     slots = jnp.where(positions >= 0, slots, size)
+    where = (rows, cache["layer"]) if "layer" in cache else (rows,)
     return cache | {
-        "keys": cache["keys"].at[rows, :, :, slots].set(keys.astype(cache["keys"].dtype), mode="drop"),
-        "values": cache["values"].at[rows, :, slots].set(values.astype(cache["values"].dtype), mode="drop"),
+        "keys": cache["keys"].at[*where, ..., slots].set(keys.astype(cache["keys"].dtype), mode="drop"),
+        "values": cache["values"].at[*where, ..., slots, :].set(values.astype(cache["values"].dtype), mode="drop"),
     }
 
 
@@ -81,6 +83,8 @@ def attend_to_cache(
 
     What an earlier sequence left behind in a row has a position that is still to come, so it is never seen.
     """
+    if "layer" in cache:
+        cache = _pages_of_layer(cache)
     options: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
     if queries.shape[1] <= FEW:
         options |= {"positions": positions, "page_table": cache.get("page_table")}
@@ -94,6 +98,14 @@ def attend_to_cache(
     places = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape[:2])
     dtype = queries.dtype
     return flash_attention(queries, keys.astype(dtype), values.astype(dtype), positions=(positions, places), **options)
+
+
+def _pages_of_layer(cache: dict[str, Any]) -> dict[str, Any]:
+    """The one layer of a stack as pages of the whole: to cut it out would copy it at every step."""
+    batch, layers = cache["keys"].shape[:2]
+    table = jnp.clip(cache["page_table"], 0, batch - 1) if "page_table" in cache else jnp.arange(batch)[:, None]
+    pages = {name: cache[name].reshape(-1, *cache[name].shape[2:]) for name in ("keys", "values")}
+    return pages | {"page_table": table * layers + cache["layer"]}
 
 
 def _side_by_side(pages: Float[Array, "B M *shape"], axis: int) -> Float[Array, "B *joined"]:
@@ -155,7 +167,8 @@ class Attention(nnx.Module):
                 return attend_to_cache(queries, cache, positions, **options), cache
 
             parts = P(rows, None, heads)
-            cached = {name: P() if name == "page_table" else P(rows, heads) for name in cache}
+            layers = (None,) * ("layer" in cache)
+            cached = {name: P(rows, *layers, heads) if name in ("keys", "values") else P() for name in cache}
             attended, cache = split(write_and_attend, (parts, parts, parts, cached, P(rows)), (parts, cached))(
                 queries, keys, values, cache, positions
             )

@@ -1,13 +1,14 @@
 """A decoder-only transformer for all families: RMSNorm, rotary positions, grouped-query attention, gated feed-forward
 networks or experts (Touvron et al. 2023, and the options of `DecoderConfig`).
 
-Layers are unrolled, each with its own key/value arrays: on a CPU a scan over stacked layers doubles an update and
-copies the cache at every decode step.
+Layers are unrolled, each with its own key/value arrays, or with `scan_layers` run by a loop over stacked ones: on a CPU
+a loop doubles an update and copies the cache at every decode step, for a TPU dozens of layers take minutes to compile.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxrl_kernels.mesh import constrain
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.attention import Attention, Cache, make_norm
 from jaxrl_llm.models.decoder_config import DecoderConfig
-from jaxrl_llm.models.functional import split_module
+from jaxrl_llm.models.functional import split_module, stack_modules
 from jaxrl_llm.models.moe import Experts
 from jaxrl_llm.types import Params
 
@@ -73,7 +74,13 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param(
             config.width**-0.5 * jax.random.normal(rngs.params(), (config.vocab_size, config.width))
         )
-        self.layers = nnx.List([DecoderLayer(config, layer, rngs) for layer in range(config.num_layers)])
+
+        def layers(rngs: nnx.Rngs) -> nnx.List:
+            count = config.period if config.scan_layers else config.num_layers
+            return nnx.List([DecoderLayer(config, layer, rngs) for layer in range(count)])
+
+        repeats = config.num_layers // config.period
+        self.layers = stack_modules(layers, repeats, rngs) if config.scan_layers else layers(rngs)
         self.norm = make_norm(config, config.width, rngs)
         if not config.tie_embeddings:
             self.head = nnx.Param(
@@ -90,18 +97,45 @@ class Decoder(nnx.Module):
         x = constrain(constrain(self.embedding[...], "vocabulary", None)[tokens], "batch", along, None)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        run = self._scan if self.config.scan_layers else functools.partial(self._run, self.layers)
+        x, cache, routed = run(x, positions, segment_ids, cache, along)
+        hidden = self.norm(x)
+        return (hidden, cache, routed) if router_logits else (hidden, cache)
+
+    def _run(self, layers, x, positions, segment_ids, cache, along):
+        """Layers one after another; the router's logits of those that have one are stacked."""
+        policy, scanned = self.config.remat, self.config.scan_layers
         new_cache: Cache | None = None if cache is None else []
         routed = []
-        for i, layer in enumerate(self.layers):
-            run = layer if self.config.remat == "none" else jax.checkpoint(layer, policy=REMAT[self.config.remat])
-            x, layer_cache, layer_logits = run(x, positions, segment_ids, None if cache is None else cache[i])
+        for i, layer in enumerate(layers):
+            # what is computed again keeps its inputs, of which the cache of a scan holds all layers
+            if policy != "none" and not (scanned and cache is not None):
+                layer = jax.checkpoint(layer, policy=REMAT[policy], prevent_cse=not scanned)
+            x, layer_cache, layer_logits = layer(x, positions, segment_ids, None if cache is None else cache[i])
             x = constrain(x, "batch", along, None)
             if new_cache is not None:
                 new_cache.append(layer_cache)
             if layer_logits is not None:
                 routed.append(layer_logits)
-        hidden = self.norm(x)
-        return (hidden, new_cache, jnp.stack(routed)) if router_logits else (hidden, new_cache)
+        return x, new_cache, jnp.stack(routed) if routed else None
+
+    def _scan(self, x, positions, segment_ids, cache, along):
+        """The layers of a period, as often as there are. The cache is carried and changed in place: as an input and an
+        output of each step it would be copied."""
+        graph, stacked = nnx.split(self.layers)
+
+        def period(carry, step):
+            (x, cache), (number, params) = carry, step
+            if cache is not None:
+                cache = [entry | {"layer": number} for entry in cache]
+            x, cache, routed = self._run(nnx.merge(graph, params), x, positions, segment_ids, cache, along)
+            if cache is not None:
+                cache = [{name: x for name, x in entry.items() if name != "layer"} for entry in cache]
+            return (x, cache), routed
+
+        repeats = jnp.arange(self.config.num_layers // self.config.period)
+        (x, cache), routed = jax.lax.scan(period, (x, cache), (repeats, stacked))
+        return x, cache, None if routed is None else routed.reshape(-1, *routed.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,13 +173,15 @@ class Model:
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
         """Empty keys and values for `length` positions of `batch` sequences."""
-        heads, dim = self.config.num_kv_heads, self.config.head_dim
+        config = self.config
+        count = config.period if config.scan_layers else config.num_layers
+        shape = (batch, *((config.num_layers // count,) if config.scan_layers else ()), config.num_kv_heads)
         return [
             {
-                "keys": jnp.zeros((batch, heads, dim, length), dtype),
-                "values": jnp.zeros((batch, heads, length, dim), dtype),
+                "keys": jnp.zeros((*shape, config.head_dim, length), dtype),
+                "values": jnp.zeros((*shape, length, config.head_dim), dtype),
             }
-            for _ in range(self.config.num_layers)
+            for _ in range(count)
         ]
 
 
@@ -158,7 +194,7 @@ def init_pages(model: Model, num_pages: int, page_size: int, dtype: jnp.dtype = 
         return jnp.zeros(shape, dtype)
 
     layers = jax.eval_shape(lambda: model.init_cache(1, 1, dtype))
-    return [{"keys": pages(layer["keys"], 3), "values": pages(layer["values"], 2)} for layer in layers]
+    return [{"keys": pages(layer["keys"], -1), "values": pages(layer["values"], -2)} for layer in layers]
 
 
 def with_page_table(pages: Cache, page_table: Int[Array, "B M"]) -> Cache:
@@ -187,8 +223,8 @@ def replace_prefix(cache: Cache, prefix: Cache, rows: Bool[Array, "B"]) -> Cache
     chosen = jnp.where(rows, jnp.arange(rows.shape[0]), rows.shape[0])  # out of range: dropped
     return [
         {
-            "keys": old["keys"].at[chosen, :, :, : new["keys"].shape[3]].set(new["keys"], mode="drop"),
-            "values": old["values"].at[chosen, :, : new["values"].shape[2]].set(new["values"], mode="drop"),
+            "keys": old["keys"].at[chosen, ..., : new["keys"].shape[-1]].set(new["keys"], mode="drop"),
+            "values": old["values"].at[chosen, ..., : new["values"].shape[-2], :].set(new["values"], mode="drop"),
         }
         for old, new in zip(cache, prefix, strict=True)
     ]

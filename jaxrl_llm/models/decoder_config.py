@@ -22,9 +22,15 @@ class DecoderConfig:
     takes the divisors of LongRoPE for sequences beyond the first training's context, for all tokens of all sequences:
     transformers switches on the longest position in a batch, which changes the keys of a sequence under way.
 
+    `scan_layers` changes no number, but how long a program takes to compile: the layers of each kind are stacked,
+    `layers.0.attention.query.kernel [L, D, N]`, and a loop runs over them, so that a program is as large as one
+    `period` of layers. It is for accelerators and deep models; a CPU is faster without. `models.stack_layers` and
+    `unstack_layers` convert parameters. A gradient through a cache keeps what it needs of each layer, whatever `remat`
+    says.
+
     Raises:
       ValueError: heads do not divide evenly among key/value heads, a head's width is odd, an option has no such value,
-        or a tuple has not an entry for each layer.
+        a tuple has not an entry for each layer, or `scan_layers` finds no layers that are alike.
     """
 
     vocab_size: int
@@ -57,6 +63,7 @@ class DecoderConfig:
     normalize_experts: bool = True  # the weights of a token's experts sum to 1
     dense_layers: tuple[int, ...] = ()  # layers without experts
     remat: Remat = "none"  # a layer is computed again in the backward pass: all of it, or all but products with weights
+    scan_layers: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -115,6 +122,11 @@ class DecoderConfig:
                 found = len(getattr(rope, name))
                 if found not in (0, turned // 2):
                     raise ValueError(f"{name} has {found} numbers, but {turned} dimensions turn in {turned // 2} pairs")
+        if self.scan_layers and self.period == self.num_layers > 1:
+            raise ValueError(
+                f"scan_layers=True, but no group of layers comes again and again in these num_layers={self.num_layers} "
+                "(layer_windows, layer_ropes, dense_layers): leave scan_layers False"
+            )
 
     def window(self, layer: int) -> int | None:
         """How many tokens a query of the layer sees, itself included; None: all before it."""
@@ -126,6 +138,14 @@ class DecoderConfig:
         if rope is not None and self.long_context and rope.long_divisors:
             return rope._replace(divisors=rope.long_divisors)
         return rope
+
+    @property
+    def period(self) -> int:
+        """The smallest number of layers that the decoder is a repetition of, each with its window, its rotary
+        positions and experts or none."""
+        kinds = [(self.window(i), self.rope(i), self.has_experts(i)) for i in range(self.num_layers)]
+        sizes = (size for size in range(1, self.num_layers) if self.num_layers % size == 0)
+        return next((size for size in sizes if kinds[size:] == kinds[:-size]), self.num_layers)
 
     def has_experts(self, layer: int) -> bool:
         """Whether the layer's feed-forward network is a mixture of experts."""

@@ -8,12 +8,15 @@ pytree.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl_llm.types import Params
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def split_module(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[jax.Array], Params], Callable[..., Any]]:
@@ -34,6 +37,30 @@ def split_module(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[jax.
     return init, apply
 
 
+def stack_modules(make: Callable[[nnx.Rngs], Module], count: int, rngs: Any) -> Module:
+    """`count` modules that `make(rngs)` builds as one, whose parameters have a new first axis.
+
+    They are drawn one after another, with the numbers that each would have by itself. `rngs` are those that a module
+    gets from `split_module`.
+    """
+    key, before, taken = rngs.key, rngs.count, 0
+
+    def first() -> Module:
+        nonlocal taken
+        keys = _Keys(key, before)
+        module = make(keys)
+        taken = keys.count - before
+        return module
+
+    def draw(i: jax.Array) -> Any:
+        return nnx.state(make(_Keys(key, before + i * taken)), nnx.Param)
+
+    module = nnx.eval_shape(first)
+    nnx.update(module, jax.lax.map(draw, jnp.arange(count)))
+    rngs.count = before + count * taken
+    return module
+
+
 class _Keys(nnx.Rngs):
     """The keys that `nnx.Rngs(params=key)` gives, counted in Python.
 
@@ -41,8 +68,8 @@ class _Keys(nnx.Rngs):
     layers of a decoder took 14 s to build abstractly, and take 2 s so.
     """
 
-    def __init__(self, key: jax.Array) -> None:
-        self.key, self.count = key, -1
+    def __init__(self, key: jax.Array, count: Any = -1) -> None:
+        self.key, self.count = key, count
 
     def params(self) -> jax.Array:
         self.count += 1

@@ -83,7 +83,7 @@ class Session:
         self.stops, self.num_slots, self.page_size = check_stops(stop_sequences), num_slots, page_size
         check_sizes(max_length=max_length, num_slots=num_slots, page_size=page_size, max_turn_tokens=self.limits[2])
         # an adapter may keep places before the first token for itself
-        self._offset = jax.eval_shape(lambda: model.init_cache(1, 1))[0]["values"].shape[2] - 1
+        self._offset = jax.eval_shape(lambda: model.init_cache(1, 1))[0]["values"].shape[-2] - 1
         self._table_width = self._pages_for(max_length)
         num_rows = 2 * num_slots if num_rows is None else num_rows
         num_pages = num_rows * self._table_width if num_pages is None else num_pages
