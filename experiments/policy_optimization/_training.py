@@ -36,7 +36,7 @@ class World(NamedTuple):
     demonstrate: Callable[[np.random.Generator, int], dict[str, np.ndarray]]  # tokens, mask, lengths
 
 
-def arithmetic_world(config: ConfigDict) -> World:
+def arithmetic_world(config: ConfigDict, reward: Callable[..., Array] = arithmetic.sum_reward) -> World:
     """Sums of `config.world.terms` terms modulo `config.world.modulus`; demonstrations as `config.world.shown` says."""
     shown, sums = dict(config.world.shown), {"terms": tuple(config.world.terms), "modulus": config.world.modulus}
 
@@ -49,7 +49,7 @@ def arithmetic_world(config: ConfigDict) -> World:
         )
 
     return World(
-        SingleTurnEnv(arithmetic.sum_reward),
+        SingleTurnEnv(reward),
         train_tasks=tasks(1, config.world.train_problems),
         test_tasks=tasks(2, config.world.test_problems),
         stop_sequences=[[arithmetic.EOS]],
@@ -107,6 +107,17 @@ def critic_values(config: ConfigDict, model: Model, params: Params, sampled: Rol
     """The critic's value of the state before each token."""
     apply_head = make_scalar_head(config.model.width)[1]
     return apply_head(params["critic"]["head"], rollout_hidden(model, params["critic"]["decoder"], sampled))
+
+
+def ppo_batch(
+    config: ConfigDict, model: Model, params: Params, sampled: Rollout, token_rewards: Float[Array, "B T"]
+) -> Batch:
+    """Whitened advantages by GAE, and what the critic is trained on, from rewards of tokens."""
+    mask = sampled.mask & sampled.scorable[:, None]
+    values = critic_values(config, model, params, sampled)
+    advantages = ops.gae_advantages(token_rewards, values, mask, gamma=1.0, lam=config.lam)
+    whitened, returns = ops.masked_whiten(advantages, mask), advantages + values
+    return Batch(sampled, mask, sampled.logprobs, whitened, returns=returns, old_values=values)
 
 
 def draw_tasks(config: ConfigDict, tasks: PyTree, state: TrainState) -> tuple[PyTree, jax.Array]:
@@ -170,8 +181,9 @@ def make_step(config: ConfigDict, loss_fn: Callable[..., Any], optimizer: optax.
 
 
 def make_clip_step(config: ConfigDict, model: Model, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """`step(state, batch) -> (state, metrics)`: PPO's clipped loss with the config's clips and mean, and the k3
-    estimate of the KL where `config.kl_coefficient` is not 0."""
+    """`step(state, batch) -> (state, metrics)`: PPO's clipped loss with the config's clips and mean; the k3
+    estimate of the KL where `config.kl_coefficient` is not 0; the critic's loss where the batch has returns (token
+    mean, as then the policy's must be)."""
 
     def loss_fn(params: Params, batch: Batch, denominator: Array) -> tuple[Array, Metrics]:
         mean: dict[str, Any] = {"agg": config.agg, "max_len": config.max_turn_tokens, "denominator": denominator}
@@ -193,17 +205,25 @@ def make_clip_step(config: ConfigDict, model: Model, optimizer: optax.GradientTr
             kl = ops.kl_estimate(logprobs, batch.ref_logprobs, kind="k3", mask=batch.mask)
             loss += config.kl_coefficient * ops.reduce_loss(kl, batch.mask, **mean)
             metrics["kl"] = ops.masked_mean(kl, batch.mask)
+        if batch.returns is not None:
+            values, clip = critic_values(config, model, params, batch.rollout), config.value_clip
+            error, value_metrics = ops.value_loss(
+                values, batch.old_values, batch.returns, batch.mask, clip=clip, denominator=denominator
+            )
+            loss, metrics = loss + error, metrics | value_metrics
         return loss, metrics | {"entropy": ops.masked_mean(entropy, batch.mask)}
 
     return make_step(config, loss_fn, optimizer)
 
 
-def init_policy(config: ConfigDict, optimizer: optax.GradientTransformation) -> Callable[[Params, Array], TrainState]:
-    """`init(reference, seed) -> state` of a policy alone, with its reference if there is a KL."""
+def init_policy(
+    config: ConfigDict, optimizer: optax.GradientTransformation, *, critic: bool = False
+) -> Callable[[Params, Array], TrainState]:
+    """`init(reference, seed) -> state`, with a critic if asked for, and with the reference if there is a KL."""
 
     def init(reference: Params, seed: Array) -> TrainState:
         ref_params = reference if config.kl_coefficient else None
-        return train.init_state({"policy": reference}, optimizer, seed, ref_params=ref_params)
+        return train.init_state(start_params(config, reference, critic=critic), optimizer, seed, ref_params=ref_params)
 
     return init
 
@@ -212,6 +232,13 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raises ValueError, with the choices there are, for a setting that has none of them."""
     if value not in choices:
         raise ValueError(f"config.{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def responses(sampled: Rollout) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """The tokens behind each prompt, from position 0 on, and how many there are."""
+    places = jnp.arange(sampled.tokens.shape[1]) + sampled.prompt_lengths[:, None]
+    tokens = jnp.take_along_axis(sampled.tokens, jnp.minimum(places, sampled.tokens.shape[1] - 1), axis=1)
+    return tokens, sampled.lengths - sampled.prompt_lengths
 
 
 def describe_rollout(sampled: Rollout) -> Metrics:

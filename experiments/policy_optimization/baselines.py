@@ -42,12 +42,13 @@ from experiments.policy_optimization._training import (
     critic_values,
     describe_rollout,
     draw_tasks,
+    init_policy,
     make_optimizer,
     make_policy,
     make_step,
     play,
+    ppo_batch,
     score,
-    start_params,
     train_policy,
 )
 from jaxrl_llm import ops, train
@@ -98,14 +99,13 @@ def make_batch(
 ) -> tuple[Batch, Metrics]:
     """Rewards and advantages of the rollouts, and what else the update reads."""
     mask, groups, valid = sampled.mask & sampled.scorable[:, None], sampled.group_ids, sampled.scorable
-    rewards, metrics = sampled.rewards, {}
+    rewards, values, returns = sampled.rewards, None, None
     if config.overlong.buffer:
         lengths = jnp.sum(sampled.mask, axis=1)
         rewards += ops.overlong_penalty(lengths, max_len=config.max_turn_tokens, **config.overlong)
     informative = ops.dynamic_sampling_mask(sampled.rewards, groups, valid)
     if config.dynamic_sampling:
         mask &= informative[:, None]
-    values = returns = None
     if config.advantages == "grpo":
         advantages = ops.grpo_advantages(rewards, groups, mask, scale=config.std, valid=valid)
     elif config.advantages == "rloo":
@@ -118,10 +118,9 @@ def make_batch(
         centered = ops.grpo_advantages(rewards, groups, mask, scale="none", valid=valid)
         advantages = ops.masked_whiten(centered, mask)
     else:
-        values = critic_values(config, model, state.params, sampled)
         token_rewards = ops.place_turn_rewards(rewards[:, None], sampled.turn_ids)
-        advantages = ops.gae_advantages(token_rewards, values, mask, gamma=1.0, lam=config.lam)
-        advantages, returns = ops.masked_whiten(advantages, mask), advantages + values
+        critic_part = ppo_batch(config, model, state.params, sampled, token_rewards)
+        advantages, values, returns = critic_part.advantages, critic_part.old_values, critic_part.returns
     # the trainer's own log-probs, where the sampler is another policy than the one to be improved
     old_logprobs, weights = sampled.logprobs, None
     if config.sampler_noise:
@@ -129,8 +128,8 @@ def make_batch(
     if config.importance_cap:
         weights = ops.importance_weights(old_logprobs, sampled.logprobs, mask, cap=config.importance_cap)
     ref_logprobs = score(model, state.ref_params, sampled)[0] if config.kl_coefficient else None
-    metrics = {"informative_groups": jnp.mean(informative, dtype=jnp.float32)}
-    return Batch(sampled, mask, old_logprobs, advantages, ref_logprobs, returns, values, weights), metrics
+    batch = Batch(sampled, mask, old_logprobs, advantages, ref_logprobs, returns, values, weights)
+    return batch, {"informative_groups": jnp.mean(informative, dtype=jnp.float32)}
 
 
 def disturb(params: Params, key: jax.Array, size: float) -> Params:
@@ -178,11 +177,8 @@ def build(config: ConfigDict) -> Parts:
     model, critic = make_policy(config, world), config.advantages == "gae"
     optimizer = make_optimizer(config, critic=critic)
 
-    def init(reference: Params, seed: jax.Array) -> TrainState:
-        params = start_params(config, reference, critic=critic)
-        return train.init_state(params, optimizer, seed, ref_params=reference if config.kl_coefficient else None)
-
-    return Parts(world, model, init, make_iteration(config, model, world, optimizer), describe)
+    iteration = make_iteration(config, model, world, optimizer)
+    return Parts(world, model, init_policy(config, optimizer, critic=critic), iteration, describe)
 
 
 def run(config: ConfigDict, log: train.RunLog) -> None:
