@@ -33,7 +33,7 @@ def test_the_reward_model_errs_in_the_middle():
 
     @jax.jit
     def reward(digit):
-        tokens = jnp.stack([ANSWER, FIRST_NUMBER + digit, EOS])
+        tokens = jnp.array([ANSWER, FIRST_NUMBER + digit, EOS])
         return model_reward(config, {"answer": jnp.int32(3)}, tokens, jnp.int32(3))
 
     rewards = np.array([reward(digit) for digit in range(10)])
