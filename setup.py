@@ -36,6 +36,7 @@ CORE = [
     "simpleeval>=1.0.8",
     "faiss-cpu>=1.13",
     "mcp>=2.3,<3",
+    "math-verify[antlr4-13-2]>=0.9",
     "mctx>=0.0.71",
     "outlines_core>=0.2.14",
     "rich>=14.0",

@@ -21,6 +21,7 @@ from jaxrl_llm.data.questions import read_questions
 from jaxrl_llm.data.readers import iterate_records, read_records
 from jaxrl_llm.data.records import KINDS, Records, lookup_passages
 from jaxrl_llm.data.stream import Stream, iterate_batches, next_batch, next_indices, num_batches, state_at, stream_state
+from jaxrl_llm.data.text import span_mask
 from jaxrl_llm.data.text_hashes import (
     TokenHashes,
     WordTable,
@@ -67,6 +68,7 @@ __all__ = [
     "pack_sequences",
     "read_questions",
     "read_records",
+    "span_mask",
     "state_at",
     "stream_state",
     "token_hashes",

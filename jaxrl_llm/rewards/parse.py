@@ -34,6 +34,28 @@ def extract_tag(text: str, tag: str, which: Literal["first", "last"] = "last") -
     return found[0 if which == "first" else -1] if found else None
 
 
+def boxed_spans(text: str) -> list[slice]:
+    r"""Where the contents of all `\boxed{...}` with closed braces are, in order; of nested ones the outer."""
+    found: list[slice] = []
+    opened: list[tuple[bool, int]] = []  # whether it is a box's brace, and where its content starts
+    for match in re.finditer(r"(\\boxed\s*)?\{|\}", text):
+        if match.group() != "}":
+            opened.append((match.group(1) is not None, match.end()))
+        elif opened:
+            boxed, start = opened.pop()
+            if boxed:
+                while found and found[-1].start > start:
+                    found.pop()
+                found.append(slice(start, match.start()))
+    return found
+
+
+def extract_boxed(text: str) -> list[str]:
+    r"""Contents of all `\boxed{...}` whose braces are closed, in order, white space at their ends cut; of nested
+    ones the outer."""
+    return [text[span].strip() for span in boxed_spans(text)]
+
+
 def parse_action(text: str, tags: Sequence[str] = ("search", "answer")) -> tuple[str, str]:
     """The action that a turn takes: `(tag, content)` of the first pair of one of `tags`, or `("invalid", "")`.
 

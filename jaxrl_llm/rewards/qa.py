@@ -17,7 +17,8 @@ from jaxrl_llm.rewards.format import SEARCH_R1_GRAMMAR, TagGrammar, tag_trace_ok
 from jaxrl_llm.rewards.parse import extract_tags
 from jaxrl_llm.types import Span
 
-Style = Literal["squad", "kilt", "dpr"]
+Style = Literal["squad", "kilt", "dpr", "plain"]
+Unit = Literal["char", "word"]
 ARTICLES = frozenset({"a", "an", "the"})
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPACE_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
@@ -40,28 +41,34 @@ def normalize_answer(s: str, style: Style = "squad") -> str:
     """The form in which answers are compared: lower case, no punctuation, no articles, single spaces, in this order.
 
     `squad` (Search-R1, FlashRAG, ALCE) deletes the 32 ASCII punctuation marks, `kilt` puts a space in their place;
-    `dpr` first folds Unicode hyphens, quotes and spaces to ASCII, then does as `kilt`. Articles go after punctuation,
-    so `a.` is one; a string of articles only becomes the empty string. Accents stay.
+    `dpr` first folds Unicode hyphens, quotes and spaces to ASCII, then does as `kilt`; `plain` (LoongRL) does as `kilt`
+    but keeps articles. Articles go after punctuation, so `a.` is one; a string of articles only becomes the empty
+    string. Accents stay.
 
     Raises:
       ValueError: another style.
     """
     if style == "squad":
         words = plain_words(s)
-    elif style == "kilt":
+    elif style in ("kilt", "plain"):
         words = s.lower().translate(_SPACE_PUNCTUATION).split()
     elif style == "dpr":
         words = _ascii_marks(s.lower()).translate(_SPACE_PUNCTUATION).split()
     else:
-        raise ValueError(f"style must be 'squad', 'kilt' or 'dpr', got {style!r}")
-    return " ".join(word for word in words if word not in ARTICLES)
+        raise ValueError(f"style must be 'squad', 'kilt', 'dpr' or 'plain', got {style!r}")
+    return " ".join(word for word in words if style == "plain" or word not in ARTICLES)
 
 
-def _normalized_golds(golds: Sequence[str], style: Style, allow_empty: bool) -> list[str]:
+def check_golds(golds: Sequence[str]) -> None:
+    """Raises ValueError for a string in place of a sequence, and for a question without gold answers."""
     if isinstance(golds, str):
         raise ValueError(f"golds must be a sequence of strings, got the string {golds!r}; pass [{golds!r}]")
     if not golds:
         raise ValueError("golds is empty; a question needs at least one gold answer to be scored")
+
+
+def _normalized_golds(golds: Sequence[str], style: Style, allow_empty: bool) -> list[str]:
+    check_golds(golds)
     normalized = [normalize_answer(gold, style) for gold in golds]
     if "" in normalized:
         problem = f"gold answer {golds[normalized.index('')]!r} normalizes to the empty string"
@@ -80,14 +87,36 @@ def exact_match(pred: str, golds: Sequence[str], *, style: Style = "squad") -> f
     return float(normalize_answer(pred, style) in _normalized_golds(golds, style, allow_empty=True))
 
 
-def substring_match(pred: str, golds: Sequence[str], *, style: Style = "squad") -> float:
-    """1 if the normal form of any gold is a substring (by characters) of that of `pred`, else 0.
+def substring_match(
+    pred: str,
+    golds: Sequence[str],
+    *,
+    style: Style = "squad",
+    unit: Unit = "char",
+    two_way: bool = False,
+    min_chars: int = 1,
+) -> float:
+    """1 if the normal form of any gold is contained in that of `pred`, else 0.
+
+    Args:
+      unit: contained as a run of characters, or of whole words, so that `4` is not found in `42`.
+      two_way: `pred` may also be contained in the gold (QwenLong-L1, LoongRL). It must then have at least `min_chars`
+        characters, unless the two are equal; an empty one scores 0.
 
     Raises:
-      ValueError: `golds` is empty, or one of them normalizes to nothing.
+      ValueError: `golds` is empty, one of them normalizes to nothing, or an option is unknown.
     """
+    if unit not in ("char", "word"):
+        raise ValueError(f"unit must be 'char' or 'word', got {unit!r}")
     text = normalize_answer(pred, style)
-    return float(any(gold in text for gold in _normalized_golds(golds, style, allow_empty=False)))
+    within = (lambda a, b: f" {a} " in f" {b} ") if unit == "word" else (lambda a, b: a in b)
+    back = two_way and len(text) >= max(min_chars, 1)
+    return float(
+        any(
+            within(gold, text) or (back and within(text, gold))
+            for gold in _normalized_golds(golds, style, allow_empty=False)
+        )
+    )
 
 
 def token_f1(

@@ -32,6 +32,7 @@ def test_normalize_other_styles():
     assert normalize_answer("well-known", "kilt") == "well known"
     assert normalize_answer("Xi’an – the\u00a0city", "kilt") == "xi’an – city"
     assert normalize_answer("Xi’an – the\u00a0city", "dpr") == "xi city"  # `an` is an article once the mark is a space
+    assert normalize_answer("The well-known, a  city", "plain") == "the well known a city"
     with pytest.raises(ValueError, match="style.*'other'"):
         normalize_answer("x", "other")
 
@@ -58,6 +59,21 @@ def test_substring_match():
     assert substring_match("the party", ["art"]) == 1.0  # characters, not words
     assert substring_match("Nairobi, Kenya", ["kenya"]) == 1.0
     assert substring_match("Nairobi", ["Kenya"]) == 0.0
+    assert substring_match("Nairobi", ["Nairobi, Kenya"]) == 0.0
+
+
+def test_containment_in_either_direction():
+    """QwenLong-L1: by words, so that 4 is not 42; its release goes by characters."""
+    rule = {"unit": "word", "two_way": True}
+    assert substring_match("Jane Smith", ["Smith"], **rule) == substring_match("Smith", ["Jane Smith"], **rule) == 1
+    assert substring_match("London", ["Paris"], **rule) == 0
+    assert substring_match("4", ["42"], **rule) == substring_match("42", ["4"], **rule) == 0
+    assert substring_match("4", ["42"], two_way=True) == substring_match("42", ["4"], two_way=True) == 1
+    assert substring_match("the", ["Paris"], two_way=True) == 0  # nothing is left of it, which all texts contain
+    assert substring_match("Pa", ["Paris"], two_way=True, min_chars=3) == 0
+    assert substring_match("Pa", ["Pa"], two_way=True, min_chars=3) == 1
+    with pytest.raises(ValueError, match="unit must be 'char' or 'word'"):
+        substring_match("x", ["x"], unit="letter")
     with pytest.raises(ValueError, match="every text contains"):
         substring_match("x", ["The"])
 
