@@ -36,6 +36,7 @@ class Stored:
 
     Attributes:
       names: one tensor; several are stacked on a new first axis (experts).
+      layers: if not 0, the first axis are so many layers (`scan_layers`), and `names` are those of each in turn.
       transpose: the tensor is [out, in], as torch keeps linear weights, and the parameter [in, out].
       rows: the parameter is rows [start, end) of the first axis of the stored tensor (a fused query-key-value matrix).
         All parameters of such a tensor together cover it.
@@ -44,6 +45,13 @@ class Stored:
     names: tuple[str, ...]
     transpose: bool = False
     rows: tuple[int, int] | None = None
+    layers: int = 0
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the axes of the parameter that its tensors lack."""
+        experts = len(self.names) // max(self.layers, 1)
+        return (self.layers,) * (self.layers > 0) + (experts,) * (experts > 1)
 
 
 class Family(NamedTuple):
@@ -207,7 +215,7 @@ def stored_shapes(stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, 
         raise ValueError(f"the family's map of names and its model disagree on {len(odd)} parameters: {odd[:10]}")
     result: dict[str, tuple[int, ...]] = {}
     for name, place in stored.items():
-        shape = shapes[name][1:] if len(place.names) > 1 else shapes[name]
+        shape = shapes[name][len(place.stack) :]
         shape = shape[::-1] if place.transpose else shape
         for tensor in place.names:
             if place.rows is not None:
@@ -249,17 +257,16 @@ def read_piece(
     """Piece `index` of a parameter of `shape`, converted to `dtype`. Nothing else of the files is read."""
     bounds = [slice(*cut.indices(size)) for cut, size in zip(index, shape, strict=True)]
     piece = _aligned([cut.stop - cut.start for cut in bounds], dtype)
-    stacked = len(place.names) > 1
-    names, targets, inner = place.names, piece[None], bounds
-    if stacked:
-        names, targets, inner = place.names[bounds[0]], piece, bounds[1:]
+    stacked = len(place.stack)
+    numbers = np.arange(len(place.names)).reshape(place.stack)[tuple(bounds[:stacked])].reshape(-1)
+    targets, inner = piece.reshape(len(numbers), *piece.shape[stacked:]), bounds[stacked:]
     if place.transpose:
         targets, inner = np.swapaxes(targets, 1, 2), inner[::-1]
     if place.rows is not None:
         first = place.rows[0]
         inner = [slice(first + inner[0].start, first + inner[0].stop), *inner[1:]]
-    for i, name in enumerate(names if piece.size else ()):
-        tensor = tensors[name]
+    for i, number in enumerate(numbers if piece.size else ()):
+        tensor = tensors[place.names[number]]
         # mapped for one tensor at a time: the pages of a file that stays mapped would count as memory in use
         mapped = np.memmap(tensor.path, TYPES[tensor.dtype], "r", tensor.start, tensor.shape)
         _copy(mapped[tuple(inner)], targets[i, ...])

@@ -13,6 +13,7 @@ from jaxrl_llm.models.checkpoint import Family, Stored
 from jaxrl_llm.models.decoder import make_decoder
 from jaxrl_llm.models.decoder_config import Activation, DecoderConfig
 from jaxrl_llm.models.rotary import LAYER_TYPES, Rope, read_rope
+from jaxrl_llm.models.stacking import stack_stored
 
 ACTIVATION_OF: dict[str, Activation] = {
     "silu": "silu",
@@ -292,7 +293,11 @@ def _family(
         given = {name: value for name, value in hf.items() if value is not None or name in NULLABLE}
         return read({**common, **defaults, **given})
 
-    return Family(config_from, partial(_stored, **names), make_decoder, config_to)
+    def stored(config: DecoderConfig) -> Mapping[str, Stored]:
+        found = _stored(config, **names)
+        return stack_stored(found, config) if config.scan_layers else found
+
+    return Family(config_from, stored, make_decoder, config_to)
 
 
 FAMILIES: dict[str, Family] = {

@@ -36,6 +36,7 @@ from jaxrl_llm.models.checkpoint import (
     write_file,
 )
 from jaxrl_llm.models.decoder import Model
+from jaxrl_llm.models.decoder_config import DecoderConfig
 from jaxrl_llm.models.download import SIDE_FILES, WEIGHT_FILES, fetch
 from jaxrl_llm.models.tokenizer import FILES as TOKENIZER_FILES
 from jaxrl_llm.models.tokenizer import Tokenizer, load_tokenizer
@@ -94,7 +95,13 @@ def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten_dict(tree, sep=".").items()}
 
 
-def load(path_or_hub_id: str | Path, *, dtype: DTypeLike = jnp.float32, sharding: Sharding | None = None) -> Model:
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    sharding: Sharding | None = None,
+    scan_layers: bool = False,
+) -> Model:
     """A model with its parameters and tokenizer, from a folder or a hub id.
 
     Each device's piece of each parameter is read by itself, so that the host never holds more than one parameter
@@ -106,16 +113,22 @@ def load(path_or_hub_id: str | Path, *, dtype: DTypeLike = jnp.float32, sharding
       dtype: floating type of the parameters, whatever type they are stored in.
       sharding: where the parameters go: one sharding for all, a function of a parameter's dotted name and shape, or
         None for the default device.
+      scan_layers: of a decoder, as in `DecoderConfig`: its parameters are stacked as they are read.
 
     Raises:
-      ValueError: the architecture is not supported; tensors are missing, left over, of another shape or of another type
-        (all are listed); a file is cut short or absent; the hub cannot be reached; a parameter cannot be sharded so.
+      ValueError: the architecture is not supported, or its layers cannot be scanned; tensors are missing, left over, of
+        another shape or of another type (all are listed); a file is cut short or absent; the hub cannot be reached; a
+        parameter cannot be sharded so.
     """
     if jnp.dtype(dtype) not in TYPES.values():
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {jnp.dtype(dtype)}")
     folder = fetch(path_or_hub_id)
     source = read_config(folder)
     name, family, model = build(source)
+    if scan_layers:
+        if not isinstance(model.config, DecoderConfig):
+            raise ValueError(f"scan_layers=True is for decoders, {folder} holds a {name}")
+        model = family.make_model(dataclasses.replace(model.config, scan_layers=True))
     stored, shapes = family.stored(model.config), parameter_shapes(model)
     tensors = rename(read_headers(folder), family.renamed)
     differences = compare(stored_shapes(stored, shapes), tensors, family.ignored)
@@ -223,18 +236,21 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _written_config(model: Model) -> tuple[Family, dict[str, Any]]:
-    """The family to write, and a config.json that gives back the model's config."""
+    """The family to write, and a config.json that gives back the model's config, but for how it is computed."""
+    own = model.config
+    if isinstance(own, DecoderConfig):
+        own = dataclasses.replace(own, remat="none", scan_layers=False)
     if model.family is None:
         for family in families.FAMILIES.values():
-            if family.config_to is not None and (config := _expressed(family, model.config, {})) is not None:
+            if family.config_to is not None and (config := _expressed(family, own, {})) is not None:
                 return family, config
-        raise ValueError(f"no decoder family of Hugging Face has {model.config}; use save_params, or set model.family")
+        raise ValueError(f"no decoder family of Hugging Face has {own}; use save_params, or set model.family")
     family = FAMILIES[model.family]
     source = model.source or {}
-    if source and family.config_from(source) == model.config:
+    if source and family.config_from(source) == own:
         return family, {**source, "architectures": [model.family]}
-    if (config := _expressed(family, model.config, source)) is None:
-        raise ValueError(f"{model.family} cannot express {model.config}; keep the config that the model came with")
+    if (config := _expressed(family, own, source)) is None:
+        raise ValueError(f"{model.family} cannot express {own}; keep the config that the model came with")
     return family, config
 
 
@@ -263,15 +279,15 @@ def _check_parameters(flat: Mapping[str, Any], expected: Mapping[str, tuple[int,
         )
 
 
-Part = tuple[str, int | None, Stored]  # parameter, its expert, where it lies
+Part = tuple[str, tuple[Any, ...], Stored]  # parameter, the layer and expert of it, where it lies
 
 
 def _tensor_parts(stored: Mapping[str, Stored]) -> dict[str, list[Part]]:
-    """The parameters, or experts of parameters, that make up each tensor, in the order of their rows."""
+    """The parameters, or layers and experts of them, that make up each tensor, in the order of their rows."""
     parts: dict[str, list[Part]] = {}
     for name, place in stored.items():
-        for expert, tensor in enumerate(place.names):
-            parts.setdefault(tensor, []).append((name, expert if len(place.names) > 1 else None, place))
+        for number, tensor in enumerate(place.names):
+            parts.setdefault(tensor, []).append((name, np.unravel_index(number, place.stack), place))
     for of_tensor in parts.values():
         of_tensor.sort(key=lambda part: part[2].rows or (0, 0))
     return parts
@@ -280,8 +296,8 @@ def _tensor_parts(stored: Mapping[str, Stored]) -> dict[str, list[Part]]:
 def _tensor(parts: Sequence[Part], flat: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
     """A tensor as the checkpoint stores it."""
     pieces = []
-    for name, expert, place in parts:
-        array = _to_host(flat[name] if expert is None else flat[name][expert], dtype)
+    for name, index, place in parts:
+        array = _to_host(flat[name][index] if index else flat[name], dtype)
         pieces.append(array.T if place.transpose else array)
     return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 

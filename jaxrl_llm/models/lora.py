@@ -18,9 +18,10 @@ from safetensors import safe_open
 
 from jaxrl_llm.models.adapters import AdaptedModel, Path, adapted_model, find_targets, matrix_path
 from jaxrl_llm.models.checkpoint import Stored, parse_json, read_header
-from jaxrl_llm.models.decoder import Decoder, Model
+from jaxrl_llm.models.decoder import Decoder, Model, make_decoder
 from jaxrl_llm.models.functional import split_module
 from jaxrl_llm.models.hub import FAMILIES
+from jaxrl_llm.models.stacking import stack_layers, stacked_name, unstack_layers
 from jaxrl_llm.models.weights import save_params
 from jaxrl_llm.types import Params
 
@@ -217,6 +218,8 @@ def save_lora(
       ValueError: the adapter does not fit the model; or it changes a matrix that is only a part of a tensor outside
         (Phi-3's fused ones) or is stacked from several (experts).
     """
+    if getattr(model.config, "scan_layers", False):
+        adapter, model = unstack_layers(adapter, model.config), _one_by_one(model)
     stored = _stored(model)
     names = _outside_names(stored)
     parts = flatten_dict(adapter)
@@ -260,6 +263,10 @@ def load_lora(path: str | FilePath, model: Model, *, dtype: DTypeLike = jnp.floa
       ValueError: a file is missing or cut short; the adapter is of another kind than plain LoRA (DoRA, ranks that
         differ, trained biases or whole modules); tensors are missing, unknown to the model or of a wrong shape.
     """
+    if getattr(model.config, "scan_layers", False):
+        adapter, config = load_lora(path, _one_by_one(model), dtype=dtype)
+        targets = tuple(sorted({stacked_name(target, model.config) for target in config.targets}))
+        return stack_layers(adapter, model.config), dataclasses.replace(config, targets=targets)
     folder = FilePath(path)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -291,6 +298,12 @@ def load_lora(path: str | FilePath, model: Model, *, dtype: DTypeLike = jnp.floa
     )
     _adapted_paths(flatten_dict(jax.eval_shape(model.init, jax.random.key(0))), parts, config)
     return unflatten_dict(parts), config
+
+
+def _one_by_one(model: Model) -> Model:
+    """The model with its layers not stacked, as files have them."""
+    plain = make_decoder(dataclasses.replace(model.config, scan_layers=False))
+    return dataclasses.replace(plain, family=model.family)
 
 
 def _stored(model: Model) -> Mapping[str, Stored]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxrl_llm.models.decoder_config import DecoderConfig
+from jaxrl_llm.models.stacking import stack_layers, unstack_layers
 from jaxrl_llm.types import Params
 
 
@@ -25,6 +26,8 @@ def previous_token_head(
         raise ValueError("a previous-token head lives in the biases of queries and keys: set attention_bias=True")
     if config.qk_norm is not None or config.layer_ropes is not None:
         raise ValueError("a previous-token head wants plain queries and keys: leave qk_norm and layer_ropes None")
+    if config.scan_layers:
+        params = unstack_layers(params, config)
     dim: int = config.head_dim  # type: ignore[assignment]  # set by the config
     frequencies = config.rope_theta ** (-jnp.arange(dim // 2) / (dim // 2))
     strength = jnp.sqrt(margin * dim**0.5 / jnp.sum(1 - jnp.cos(frequencies)))
@@ -42,4 +45,5 @@ def previous_token_head(
         "key": {"kernel": key["kernel"].at[:, of_key].set(0), "bias": key["bias"].at[of_key].set(straight)},
     }
     changed_layer = params["layers"][str(layer)] | {"attention": attention | changed}
-    return params | {"layers": params["layers"] | {str(layer): changed_layer}}
+    params = params | {"layers": params["layers"] | {str(layer): changed_layer}}
+    return stack_layers(params, config) if config.scan_layers else params

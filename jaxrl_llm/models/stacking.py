@@ -6,9 +6,13 @@ In trees of parameters, and of whatever else lies as they do (gradients, adapter
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.models.checkpoint import Stored
 from jaxrl_llm.models.decoder_config import DecoderConfig
 from jaxrl_llm.types import Params
 
@@ -39,3 +43,21 @@ def unstack_layers(params: Params, config: DecoderConfig) -> Params:
         if (stacked := params["layers"].get(str(layer % config.period)))
     }
     return params | {"layers": layers}
+
+
+def stacked_name(name: str, config: DecoderConfig) -> str:
+    """The dotted name, of a parameter or a module, under which a layer lies in its stack."""
+    parts = name.split(".")
+    return ".".join([parts[0], str(int(parts[1]) % config.period), *parts[2:]]) if parts[0] == "layers" else name
+
+
+def stack_stored(stored: Mapping[str, Stored], config: DecoderConfig) -> dict[str, Stored]:
+    """Where a checkpoint has the parameters of `scan_layers=True`, from where it has those of each layer, in order."""
+    stacked: dict[str, Stored] = {}
+    for name, place in stored.items():
+        own = stacked_name(name, config)
+        if name.startswith("layers."):
+            before = stacked[own].names if own in stacked else ()
+            place = dataclasses.replace(place, names=before + place.names, layers=config.num_layers // config.period)
+        stacked[own] = place
+    return stacked

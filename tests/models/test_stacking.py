@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,23 @@ import pytest
 
 from jaxrl_llm.models import (
     DecoderConfig,
+    LoraConfig,
+    apply_lora,
+    init_lora,
+    load,
+    load_lora,
     make_decoder,
+    merge_lora,
+    previous_token_head,
+    save,
+    save_lora,
     stack_layers,
     unstack_layers,
 )
 from jaxrl_llm.models.decoder import init_pages, with_page_table
 from jaxrl_llm.models.rotary import Rope
 
+GOLDEN = Path(__file__).parent / "golden"
 SIZES = {"vocab_size": 50, "width": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 48}
 CONFIGS = {
     "dense": DecoderConfig(**SIZES, num_layers=3, attention_bias=True, qk_norm="head", remat="dots"),
@@ -114,3 +125,63 @@ def test_layers_without_a_period_are_refused():
     with pytest.raises(ValueError, match="no group of layers comes again .* num_layers=4 .* leave scan_layers False"):
         dataclasses.replace(CONFIGS["experts"], dense_layers=(0,), scan_layers=True)
     assert [config.period for config in CONFIGS.values()] == [1, 2, 2]
+
+
+def assert_same(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+# one tensor for each matrix, fused ones, experts
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_checkpoints_in_and_out(family, tmp_path):
+    folder = GOLDEN / f"decoder_{family}"
+    plain, scanned = load(folder), load(folder, scan_layers=True)
+    assert scanned.config == dataclasses.replace(plain.config, scan_layers=True)
+    assert_same(scanned.params, stack_layers(plain.params, plain.config))
+    save(
+        dataclasses.replace(scanned, config=dataclasses.replace(scanned.config, remat="full")), scanned.params, tmp_path
+    )
+    again = load(tmp_path)
+    assert again.config == plain.config
+    assert_same(again.params, plain.params)
+
+
+def test_what_cannot_be_scanned_is_not_loaded_so():
+    with pytest.raises(ValueError, match="scan_layers=True is for decoders"):
+        load(GOLDEN / "bert", scan_layers=True)
+    with pytest.raises(ValueError, match="no group of layers comes again"):
+        load(GOLDEN / "decoder_gemma3", scan_layers=True)
+
+
+def test_lora_of_stacked_layers(tmp_path):
+    """Beside the weights, merged, and in files, an adapter of a stack is those of its layers."""
+    plain, scanned, params = both("alternating")
+    stacked, config = stack_layers(params, plain.config), LoraConfig(rank=2, targets=("query", "layers.1.down"))
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, init_lora(jax.random.key(1), stacked, config))
+    assert adapter["layers"]["1"]["down"]["lora_a"].shape == (2, 48, 2) and "down" not in adapter["layers"]["0"]
+    merged = merge_lora(stacked, adapter, config)
+    got, _ = jax.jit(apply_lora(scanned, config).apply)({"base": stacked, "lora": adapter}, TOKENS)
+    expected, _ = jax.jit(scanned.apply)(merged, TOKENS)
+    assert_close(got, expected)
+
+    whole = LoraConfig(rank=2, targets=("layers.1.attention.query", "layers.3.attention.query"))
+    one_by_one = init_lora(jax.random.key(1), params, whole)
+    family = {"family": "LlamaForCausalLM"}
+    plain, scanned = dataclasses.replace(plain, **family), dataclasses.replace(scanned, **family)
+    save_lora(one_by_one, whole, plain, tmp_path / "plain")
+    read, targets = load_lora(tmp_path / "plain", scanned)
+    assert targets == dataclasses.replace(whole, targets=("layers.1.attention.query",))
+    assert_same(read, stack_layers(one_by_one, plain.config))
+    save_lora(read, targets, scanned, tmp_path / "scanned")
+    assert_same(load_lora(tmp_path / "scanned", plain)[0], one_by_one)
+    save_lora({"layers": {"1": one_by_one["layers"]["1"]}}, whole, plain, tmp_path / "one")
+    with pytest.raises(ValueError, match="layers 1, 3 cannot be stacked"):
+        load_lora(tmp_path / "one", scanned)
+
+
+def test_previous_token_head_in_a_stack():
+    config = DecoderConfig(**SIZES, attention_bias=True)
+    scanned = dataclasses.replace(config, scan_layers=True)
+    params = make_decoder(scanned).init(jax.random.key(0))
+    expected = previous_token_head(unstack_layers(params, config), config, layer=1)
+    assert_same(unstack_layers(previous_token_head(params, scanned, layer=1), config), expected)
