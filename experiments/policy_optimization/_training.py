@@ -261,8 +261,9 @@ class Parts(NamedTuple):
 
 
 def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> TrainState:
-    """Warm start, then iterations until the steps are done; the summary has the held-out metrics of both policies (one
-    sampled response a problem), and means over the run: `success` held out and in training, entropy, gradient norm."""
+    """Warm start, then iterations until the steps are done. The summary has the held-out metrics of both policies (one
+    sampled response a problem), and means over the run: success held out and in training, tokens a response, entropy
+    and gradient norm."""
     world, model, init, iteration, describe = parts
     reference = warm_start(config, model, world)
 
@@ -286,7 +287,8 @@ def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> TrainSt
     for name, policy in {"warm_start": start, "trained": trained}.items():
         summary[name], rewards = jax.device_get(train.over_seeds(evaluate, config.seed)(policy))
         log.outcomes(f"{name}.success", rewards)
-    curves = {"success": "eval/success", "train_success": "success", "entropy": "entropy", "grad_norm": "grad_norm"}
+    curves = {"success": "eval/success", "train_success": "success", "train_tokens": "response_tokens"}
+    curves |= {"entropy": "entropy", "grad_norm": "grad_norm"}
     summary["mean"] = {name: np.mean(read_curve(config, log, metric), axis=-1) for name, metric in curves.items()}
     log.summary({**summary, "minutes": round((time.perf_counter() - log.opened) / 60, 2)})
     return state

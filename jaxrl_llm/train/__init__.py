@@ -25,6 +25,7 @@ from jaxrl_llm.train.sharding import (
     state_shardings,
     use_mesh,
 )
+from jaxrl_llm.train.stages import PlateauStages, StageState
 from jaxrl_llm.train.state import (
     accumulate_gradients,
     apply_gradients,
@@ -38,6 +39,8 @@ from jaxrl_llm.train.supervised import make_sft_step
 from jaxrl_llm.train.tables import Claim, Table, better, find_metric, run_table, summarize, write_table
 
 __all__ = [
+    "PlateauStages",
+    "StageState",
     "CheckpointError",
     "Checkpoints",
     "Claim",
