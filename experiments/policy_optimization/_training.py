@@ -260,10 +260,14 @@ class Parts(NamedTuple):
     describe: Callable[[Rollout, PyTree], Metrics] = lambda sampled, tasks: describe_rollout(sampled)  # held out
 
 
-def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> TrainState:
+def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> tuple[TrainState, Params]:
     """Warm start, then iterations until the steps are done. The summary has the held-out metrics of both policies (one
     sampled response a problem), and means over the run: success held out and in training, tokens a response, entropy
-    and gradient norm."""
+    and gradient norm.
+
+    Returns:
+      The last state, and the policy that it started from.
+    """
     world, model, init, iteration, describe = parts
     reference = warm_start(config, model, world)
 
@@ -291,7 +295,7 @@ def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> TrainSt
     curves |= {"entropy": "entropy", "grad_norm": "grad_norm"}
     summary["mean"] = {name: np.mean(read_curve(config, log, metric), axis=-1) for name, metric in curves.items()}
     log.summary({**summary, "minutes": round((time.perf_counter() - log.opened) / 60, 2)})
-    return state
+    return state, start
 
 
 def read_curve(config: ConfigDict, log: train.RunLog, metric: str) -> np.ndarray:
