@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import ROOT, load_page, split_name
+from jaxrl_llm.files import DiskFullError
 from jaxrl_llm.train import (
     CheckpointError,
     NonFiniteError,
@@ -28,7 +29,8 @@ from jaxrl_llm.train import (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 the run failed, 2 bad arguments. A signal ends with 130 or 143, after saving."""
+    """Returns the exit code: 0 done, 1 the run failed, 2 bad arguments. A signal ends with 130 or 143, after saving,
+    and what hangs with 75."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WorkdirError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, NonFiniteError) as error:
+    except (CheckpointError, NonFiniteError, DiskFullError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(summary, indent=2))

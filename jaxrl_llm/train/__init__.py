@@ -12,6 +12,7 @@ from jaxrl_llm.train.config import (
     to_json,
 )
 from jaxrl_llm.train.figures import bar_chart, learning_curves, read_curve
+from jaxrl_llm.train.host_state import HostState
 from jaxrl_llm.train.interrupts import Interrupted, StopRequests
 from jaxrl_llm.train.intervals import Interval, bootstrap_mean, judge
 from jaxrl_llm.train.logging import RunLog, WorkdirError, read_metrics, read_outcomes, read_summary
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "Claim",
+    "HostState",
     "Interrupted",
     "Interval",
     "NonFiniteError",
