@@ -66,9 +66,12 @@ def make_policy(config: ConfigDict, world: World) -> Model:
 def warm_start(config: ConfigDict, model: Model, world: World) -> Params:
     """The policy to start from: trained on the world's demonstrations, the same for all seeds and arms.
 
-    It takes seconds and is a pure function of the config, so a run that is taken up again makes it again.
+    It takes seconds and is a pure function of the config, so a run that is taken up again makes it again. Without steps
+    it is a policy that knows nothing.
     """
     warm = config.warm_start
+    if not warm.steps:
+        return model.init(jax.random.key(warm.seed))
     optimizer = train.make_optimizer(warm.optimizer, total_updates=warm.steps)
     rng = np.random.default_rng(warm.seed)
     batches = []
@@ -82,7 +85,7 @@ def warm_start(config: ConfigDict, model: Model, world: World) -> Params:
         step = train.make_sft_step(model, optimizer)
         return jax.lax.scan(lambda state, batch: (step(state, batch)[0], None), state, batches)[0].params
 
-    return fit(jax.tree.map(lambda *leaves: np.stack(leaves), *batches)) if warm.steps else fit({})
+    return fit(jax.tree.map(lambda *leaves: np.stack(leaves), *batches))
 
 
 def make_optimizer(config: ConfigDict, *, critic: bool = False) -> optax.GradientTransformation:
@@ -293,7 +296,8 @@ def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> tuple[T
         log.outcomes(f"{name}.success", rewards)
     curves = {"success": "eval/success", "train_success": "success", "train_tokens": "response_tokens"}
     curves |= {"entropy": "entropy", "grad_norm": "grad_norm"}
-    summary["mean"] = {name: np.mean(read_curve(config, log, metric), axis=-1) for name, metric in curves.items()}
+    found = {name: read_curve(config, log, metric) for name, metric in curves.items()}
+    summary["mean"] = {name: np.mean(curve, axis=-1) for name, curve in found.items() if curve.size}
     log.summary({**summary, "minutes": round((time.perf_counter() - log.opened) / 60, 2)})
     return state, start
 

@@ -38,7 +38,6 @@ from experiments.policy_optimization._training import (
 from jaxrl_llm import ops, train
 from jaxrl_llm.types import Batch, Metrics, TrainState
 
-
 NEEDS_SCALE = ("above GRPO and DAPO on six mathematics benchmarks with Qwen3-4B and 8B base models",)
 
 

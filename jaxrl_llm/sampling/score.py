@@ -74,6 +74,38 @@ def score_rollout(
     )
 
 
+def as_rollout(
+    prompt_tokens: Int[Array, "B L"],
+    prompt_lengths: Int[Array, "B"],
+    response_tokens: Int[Array, "B M"],
+    response_lengths: Int[Array, "B"],
+) -> Rollout:
+    """Responses that someone else wrote, as a rollout of one turn with T = L + M: to be scored, imitated or preferred.
+
+    Both are padded on the right. Log-probs of a sampler are not known and 0; rewards are 0, groups one row each.
+    """
+    rows, width = prompt_tokens.shape[0], prompt_tokens.shape[1] + response_tokens.shape[1]
+    places = jnp.arange(width) - prompt_lengths[:, None]
+    mask = (places >= 0) & (places < response_lengths[:, None])
+    source = jnp.clip(places, 0, response_tokens.shape[1] - 1)
+    prompts = jnp.pad(prompt_tokens, ((0, 0), (0, response_tokens.shape[1])))
+    written = jnp.where(mask, jnp.take_along_axis(response_tokens, source, axis=1), 0)
+    return Rollout(
+        tokens=jnp.where(places < 0, prompts, written),
+        lengths=prompt_lengths + response_lengths,
+        prompt_lengths=prompt_lengths,
+        mask=mask,
+        logprobs=jnp.zeros((rows, width)),
+        turn_ids=jnp.where(mask, 0, -1),
+        group_ids=jnp.arange(rows),
+        rewards=jnp.zeros(rows),
+        scorable=jnp.ones(rows, bool),
+        turn_rewards=jnp.zeros((rows, 1)),
+        turn_mask=jnp.ones((rows, 1), bool),
+        truncated=jnp.zeros(rows, bool),
+    )
+
+
 def replace_prompts(rollout: Rollout, prompt_tokens: Int[Array, "B L"], prompt_lengths: Int[Array, "B"]) -> Rollout:
     """The same responses behind other prompts: what was sampled under one context, to be scored under another.
 
