@@ -22,7 +22,7 @@ CODE = ("jaxrl_llm", "kernels", "experiments", "configs", "benchmarks", "tests")
 # which layer that is.
 LAYERS = (
     ("jaxrl_kernels",),
-    ("jaxrl_llm.types",),
+    ("jaxrl_llm.types", "jaxrl_llm.files"),
     ("jaxrl_llm.ops",),
     ("jaxrl_llm.models",),
     ("jaxrl_llm.sampling",),

@@ -66,9 +66,12 @@ def make_policy(config: ConfigDict, world: World) -> Model:
 def warm_start(config: ConfigDict, model: Model, world: World) -> Params:
     """The policy to start from: trained on the world's demonstrations, the same for all seeds and arms.
 
-    It takes seconds and is a pure function of the config, so a run that is taken up again makes it again.
+    It takes seconds and is a pure function of the config, so a run that is taken up again makes it again. Without steps
+    it is a policy that knows nothing.
     """
     warm = config.warm_start
+    if not warm.steps:
+        return model.init(jax.random.key(warm.seed))
     optimizer = train.make_optimizer(warm.optimizer, total_updates=warm.steps)
     rng = np.random.default_rng(warm.seed)
     batches = []
@@ -82,7 +85,7 @@ def warm_start(config: ConfigDict, model: Model, world: World) -> Params:
         step = train.make_sft_step(model, optimizer)
         return jax.lax.scan(lambda state, batch: (step(state, batch)[0], None), state, batches)[0].params
 
-    return fit(jax.tree.map(lambda *leaves: np.stack(leaves), *batches)) if warm.steps else fit({})
+    return fit(jax.tree.map(lambda *leaves: np.stack(leaves), *batches))
 
 
 def make_optimizer(config: ConfigDict, *, critic: bool = False) -> optax.GradientTransformation:
@@ -260,9 +263,14 @@ class Parts(NamedTuple):
     describe: Callable[[Rollout, PyTree], Metrics] = lambda sampled, tasks: describe_rollout(sampled)  # held out
 
 
-def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> TrainState:
-    """Warm start, then iterations until the steps are done; the summary has the held-out metrics of both policies (one
-    sampled response a problem), and means over the run: `success` held out and in training, entropy, gradient norm."""
+def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> tuple[TrainState, Params]:
+    """Warm start, then iterations until the steps are done. The summary has the held-out metrics of both policies (one
+    sampled response a problem), and means over the run: success held out and in training, tokens a response, entropy
+    and gradient norm.
+
+    Returns:
+      The last state, and the policy that it started from.
+    """
     world, model, init, iteration, describe = parts
     reference = warm_start(config, model, world)
 
@@ -286,10 +294,12 @@ def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> TrainSt
     for name, policy in {"warm_start": start, "trained": trained}.items():
         summary[name], rewards = jax.device_get(train.over_seeds(evaluate, config.seed)(policy))
         log.outcomes(f"{name}.success", rewards)
-    curves = {"success": "eval/success", "train_success": "success", "entropy": "entropy", "grad_norm": "grad_norm"}
-    summary["mean"] = {name: np.mean(read_curve(config, log, metric), axis=-1) for name, metric in curves.items()}
+    curves = {"success": "eval/success", "train_success": "success", "train_tokens": "response_tokens"}
+    curves |= {"entropy": "entropy", "grad_norm": "grad_norm"}
+    found = {name: read_curve(config, log, metric) for name, metric in curves.items()}
+    summary["mean"] = {name: np.mean(curve, axis=-1) for name, curve in found.items() if curve.size}
     log.summary({**summary, "minutes": round((time.perf_counter() - log.opened) / 60, 2)})
-    return state
+    return state, start
 
 
 def read_curve(config: ConfigDict, log: train.RunLog, metric: str) -> np.ndarray:

@@ -37,6 +37,8 @@ from experiments.policy_optimization._training import (
 from jaxrl_llm import ops, train
 from jaxrl_llm.types import Batch, Metrics, TrainState
 
+NEEDS_SCALE = ("chains 47% shorter at 1.5% higher accuracy over five benchmarks, with reasoning models",)
+
 
 def select_efficient_groups(
     correct: Bool[Array, "P G"], *, lam: float, select: str = "top", threshold: float = 0.8

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from safetensors import safe_open
 from safetensors.flax import save_file
 
+from jaxrl_llm.files import replacing
 from jaxrl_llm.types import Params
 
 
@@ -20,9 +21,10 @@ def save_params(
     params: Params, path: str | Path, *, dtype: DTypeLike | None = None, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes nested dicts of arrays to one safetensors file; names are joined by dots. `dtype` rounds them all to a
-    type."""
+    type. The file is replaced in one go."""
     flat = {name: jnp.asarray(value, dtype) for name, value in flatten_dict(params, sep=".").items()}
-    save_file(flat, str(path), metadata=dict(metadata or {}))
+    with replacing(path, sum(value.nbytes for value in flat.values())) as partial:
+        save_file(flat, str(partial), metadata=dict(metadata or {}))
 
 
 def load_params(path: str | Path, like: Params) -> Params:

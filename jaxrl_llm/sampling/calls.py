@@ -1,4 +1,4 @@
-"""Slow calls beside a device that decodes on: threads for plain functions, one event loop for async ones, time-outs and
+"""Slow calls beside a device that decodes on: threads for plain functions, an event loop for async ones, time-outs and
 retries for both."""
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import tenacity
+
+CLEAN_UP_SECONDS = 1.0  # that async functions have to end after the last of them is wanted
 
 
 class CallLimits(NamedTuple):
@@ -58,19 +60,20 @@ def caller(limits: CallLimits) -> Iterator[Start]:
     """Gives `start(function, *arguments) -> Future[Outcome]`, whose futures never raise for what the function did.
 
     A plain function runs in a thread of its own. One that hangs cannot be stopped: its thread is left behind, and as a
-    daemon does not keep the process from ending. An async function is cancelled. On leaving, what still runs is
-    cancelled or left behind in the same way.
+    daemon does not keep the process from ending. An async function is cancelled, and left behind if it does not heed
+    that. Async functions have an event loop and a thread to themselves: one that blocks them costs the others their
+    time, but every call still comes back. On leaving, what still runs is cancelled or left behind in the same way.
     """
     limits.check()
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="environment calls", daemon=True)
-    thread.start()
+    loop, thread = _start_loop("environment calls")
+    async_loop, async_thread = _start_loop("async environment calls")
     free = asyncio.Semaphore(limits.in_flight)
 
     async def attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         async with asyncio.timeout(limits.timeout):
             if inspect.iscoroutinefunction(inspect.unwrap(function)):
-                return await function(*arguments)
+                # a future of another loop: when the time is over, nobody waits for what it does about its cancellation
+                return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(function(*arguments), async_loop))
             return await in_thread(function, *arguments)
 
     async def call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Outcome:
@@ -97,18 +100,34 @@ def caller(limits: CallLimits) -> Iterator[Start]:
     def start(function: Callable[..., Any], *arguments: Any) -> Future[Outcome]:
         return asyncio.run_coroutine_threadsafe(call(function, arguments), loop)
 
-    async def cancel_all() -> None:
-        pending = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-
     try:
         yield start
     finally:
-        asyncio.run_coroutine_threadsafe(cancel_all(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+        _stop_loop(loop, thread)
+        _stop_loop(async_loop, async_thread)
+
+
+def _start_loop(name: str) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name=name, daemon=True)
+    thread.start()
+    return loop, thread
+
+
+def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Cancels what runs in it and gives it a moment to end. A function that blocks the loop keeps loop and thread."""
+
+    async def end() -> None:
+        pending = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in pending:
+            if not task.cancelling():  # it may be cleaning up
+                task.cancel()
+        await asyncio.wait(pending, timeout=CLEAN_UP_SECONDS) if pending else None
+        loop.stop()
+
+    loop.call_soon_threadsafe(lambda: asyncio.ensure_future(end()))
+    thread.join(2 * CLEAN_UP_SECONDS)
+    if not thread.is_alive():
         loop.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -70,6 +71,75 @@ def score_rollout(
         entropy_gradient=entropy_gradient,
         allowed=allowed,
         states=states,
+    )
+
+
+def as_rollout(
+    prompt_tokens: Int[Array, "B L"],
+    prompt_lengths: Int[Array, "B"],
+    response_tokens: Int[Array, "B M"],
+    response_lengths: Int[Array, "B"],
+) -> Rollout:
+    """Responses that someone else wrote, as a rollout of one turn with T = L + M: to be scored, imitated or preferred.
+
+    Both are padded on the right. Log-probs of a sampler are not known and 0; rewards are 0, groups one row each.
+    """
+    rows, width = prompt_tokens.shape[0], prompt_tokens.shape[1] + response_tokens.shape[1]
+    places = jnp.arange(width) - prompt_lengths[:, None]
+    mask = (places >= 0) & (places < response_lengths[:, None])
+    source = jnp.clip(places, 0, response_tokens.shape[1] - 1)
+    prompts = jnp.pad(prompt_tokens, ((0, 0), (0, response_tokens.shape[1])))
+    written = jnp.where(mask, jnp.take_along_axis(response_tokens, source, axis=1), 0)
+    return Rollout(
+        tokens=jnp.where(places < 0, prompts, written),
+        lengths=prompt_lengths + response_lengths,
+        prompt_lengths=prompt_lengths,
+        mask=mask,
+        logprobs=jnp.zeros((rows, width)),
+        turn_ids=jnp.where(mask, 0, -1),
+        group_ids=jnp.arange(rows),
+        rewards=jnp.zeros(rows),
+        scorable=jnp.ones(rows, bool),
+        turn_rewards=jnp.zeros((rows, 1)),
+        turn_mask=jnp.ones((rows, 1), bool),
+        truncated=jnp.zeros(rows, bool),
+    )
+
+
+def replace_prompts(rollout: Rollout, prompt_tokens: Int[Array, "B L"], prompt_lengths: Int[Array, "B"]) -> Rollout:
+    """The same responses behind other prompts: what was sampled under one context, to be scored under another.
+
+    `logprobs` stay those of the context that was sampled; `score_rollout` gives those of the new one. Prompts are
+    padded on the right. A row that would exceed T is cut there and marked not scorable.
+
+    Raises:
+      ValueError: prompts are wider than T.
+    """
+    width = rollout.tokens.shape[1]
+    if prompt_tokens.shape[1] > width:
+        raise ValueError(f"prompts of {prompt_tokens.shape[1]} tokens do not fit into rows of {width}")
+    shift = (prompt_lengths - rollout.prompt_lengths)[:, None]
+    places = jnp.arange(width)
+    behind = places >= prompt_lengths[:, None]
+    source = jnp.clip(places - shift, 0, width - 1)
+    lengths = rollout.lengths + shift[:, 0]
+    used = behind & (places < lengths[:, None])
+
+    def move(array: Array, fill: Array | int) -> Array:
+        return jnp.where(used, jnp.take_along_axis(array, source, axis=1), fill)
+
+    prompts = jnp.pad(prompt_tokens, ((0, 0), (0, width - prompt_tokens.shape[1])))
+    return dataclasses.replace(
+        rollout,
+        tokens=move(rollout.tokens, jnp.where(behind, 0, prompts)),
+        mask=move(rollout.mask, 0).astype(bool),
+        logprobs=move(rollout.logprobs, 0),
+        turn_ids=move(rollout.turn_ids, -1),
+        prompt_lengths=prompt_lengths,
+        lengths=jnp.minimum(lengths, width),
+        scorable=rollout.scorable & (lengths <= width),
+        free_logprobs=None if rollout.free_logprobs is None else move(rollout.free_logprobs, 0),
+        versions=None if rollout.versions is None else move(rollout.versions, -1),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from numpy.typing import ArrayLike
 
+from jaxrl_llm.files import write_atomically
 from jaxrl_llm.models.tokenizer import Tokenizer
 from jaxrl_llm.types import Rollout, Span
 
@@ -57,6 +58,6 @@ def transcripts(sampled: Rollout, tokenizer: Tokenizer, **columns: ArrayLike) ->
 
 
 def write_transcripts(path: str | Path, sampled: Rollout, tokenizer: Tokenizer, **columns: ArrayLike) -> None:
-    """Writes `transcripts` as JSON lines."""
+    """Writes `transcripts` as JSON lines, in one go."""
     lines = [json.dumps(line, ensure_ascii=False) for line in transcripts(sampled, tokenizer, **columns)]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(path, "\n".join(lines) + "\n")

@@ -12,6 +12,7 @@ from jaxrl_llm.train.config import (
     to_json,
 )
 from jaxrl_llm.train.figures import bar_chart, learning_curves, read_curve
+from jaxrl_llm.train.host_state import HostState
 from jaxrl_llm.train.interrupts import Interrupted, StopRequests
 from jaxrl_llm.train.intervals import Interval, bootstrap_mean, judge
 from jaxrl_llm.train.logging import RunLog, WorkdirError, read_metrics, read_outcomes, read_summary
@@ -25,6 +26,7 @@ from jaxrl_llm.train.sharding import (
     state_shardings,
     use_mesh,
 )
+from jaxrl_llm.train.stages import PlateauStages, StageState
 from jaxrl_llm.train.state import (
     accumulate_gradients,
     apply_gradients,
@@ -38,9 +40,12 @@ from jaxrl_llm.train.supervised import make_sft_step
 from jaxrl_llm.train.tables import Claim, Table, better, find_metric, run_table, summarize, write_table
 
 __all__ = [
+    "PlateauStages",
+    "StageState",
     "CheckpointError",
     "Checkpoints",
     "Claim",
+    "HostState",
     "Interrupted",
     "Interval",
     "NonFiniteError",

@@ -19,6 +19,9 @@ from ml_collections import ConfigDict
 
 DEFAULT_ARM = "small"
 
+# How a run is looked after, not what it computes: may be another when it goes on. `loop` says what they mean.
+CARE = {"step_timeout": None, "grace_seconds": None}
+
 
 def load_module(path: str | Path) -> ModuleType:
     """Executes a Python file as a module.
@@ -61,14 +64,15 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
 
 
 def choose_arm(base: Mapping[str, Any], arm: str, arms: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
-    """The config of an arm: `base` with that arm's dotted overrides. The last line of most `get_config` functions.
+    """The config of an arm: `base` and `CARE` with that arm's dotted overrides. The last line of most `get_config`
+    functions.
 
     Raises:
       ValueError: unknown arm (the choices are listed), unknown key.
     """
     if arm not in arms:
         raise ValueError(f"unknown arm {arm!r}; this config has {', '.join(arms)}")
-    config = ConfigDict(base).copy_and_resolve_references()  # the groups inside are shared otherwise
+    config = ConfigDict({**CARE, **base}).copy_and_resolve_references()  # the groups inside are shared otherwise
     for key, value in arms[arm].items():
         override(config, key, value)
     return config
@@ -220,11 +224,11 @@ def from_json(text: str) -> ConfigDict:
 
 
 def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each key in which two configs differ, as JSON sees them (a tuple equals a list)."""
+    """One line for each key in which two configs differ, as JSON sees them (a tuple equals a list). `CARE` may."""
     absent = "(absent)"
     flat_old, flat_new = flatten(json.loads(to_json(old))), flatten(json.loads(to_json(new)))
     return [
         f"{key}: {flat_old.get(key, absent)!r} there, {flat_new.get(key, absent)!r} now"
-        for key in sorted(flat_old.keys() | flat_new.keys())
+        for key in sorted((flat_old.keys() | flat_new.keys()) - CARE.keys())
         if flat_old.get(key, absent) != flat_new.get(key, absent)
     ]

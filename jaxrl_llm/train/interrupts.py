@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -22,10 +23,19 @@ class StopRequests:
     A thread reads the signals from a pipe, which the system's own handler fills. Python's handlers run in the main
     thread alone, and that may be waiting for a device for minutes. Outside the main thread (where signals cannot be
     caught) nothing is received.
+
+    Args:
+      grace_seconds: if this context is still active so long after the signal, the process ends at once, with the same
+        exit code as if it had saved. None: it takes the time that it takes.
+      newest: what the message then says that is left, such as "step 40".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_seconds: float | None = None, newest: Callable[[], str] = lambda: "none") -> None:
+        if grace_seconds is not None and not grace_seconds > 0:
+            raise ValueError(f"config.grace_seconds must be positive seconds or None, got {grace_seconds}")
         self.received: int | None = None
+        self._grace_seconds, self._newest = grace_seconds, newest
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> StopRequests:
         self._active = threading.current_thread() is threading.main_thread()
@@ -48,6 +58,8 @@ class StopRequests:
             os.close(self._writer)
             self._thread.join()
             os.close(self._reader)
+            if self._timer is not None:
+                self._timer.cancel()
 
     def _watch(self) -> None:
         while byte := os.read(self._reader, 1):
@@ -64,3 +76,17 @@ class StopRequests:
                     file=sys.stderr,
                     flush=True,
                 )
+                if self._grace_seconds is not None:
+                    self._timer = threading.Timer(self._grace_seconds, self._give_up, [number])
+                    self._timer.daemon = True
+                    self._timer.start()
+
+    def _give_up(self, number: int) -> None:
+        print(
+            f"\n{signal.Signals(number).name}: the step was not finished and saved within grace_seconds="
+            f"{self._grace_seconds:g}. The newest checkpoint stands ({self._newest()}), and the same command goes on "
+            "from it",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + number)

@@ -2,11 +2,14 @@
 
 `metrics.jsonl` has one object for each (stage, step[, seed]), once and in order, also after a crash: what a resumed run
 makes again replaces what the crashed one had written. Made again, a line is the same bit for bit but for `TIMING_KEYS`.
+
+Nothing is left half written when the disk is full: what writes raises `DiskFullError`, and the file is as it was.
 """
 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -20,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.files import append_whole, write_atomically
 from jaxrl_llm.train.config import config_difference, to_json
+from jaxrl_llm.train.tensorboard import EventFile
 from jaxrl_llm.types import Metrics
 
 TIMING_KEYS = ("seconds", "tokens_per_second", "minutes")
@@ -71,9 +76,9 @@ class RunLog:
             self._lock.close()
             raise
         self._metrics_path = self.workdir / "metrics.jsonl"
-        drop_torn_line(self._metrics_path)
-        self._lines = self._metrics_path.open("a", encoding="utf-8")
-        self._writers: dict[str, Any] = {}
+        _drop_torn_line(self._metrics_path)
+        self._lines = self._metrics_path.open("ab", buffering=0)
+        self._writers: dict[str, EventFile] = {}
         self._purge_step = 0  # TensorBoard drops what an earlier process wrote from this step on
         self._progress: _Progress | None = None
 
@@ -101,7 +106,7 @@ class RunLog:
         order = {name: index for index, name in enumerate(dict.fromkeys(line["stage"] for line in lines))}
         lines.sort(key=lambda line: (order[line["stage"]], line["step"]))  # stable: seeds keep their order
         write_atomically(self._metrics_path, "".join(_dump(line) + "\n" for line in lines))
-        self._lines = self._metrics_path.open("a", encoding="utf-8")
+        self._lines = self._metrics_path.open("ab", buffering=0)
         for name in [name for name in self._writers if name.split("/")[0] == stage]:
             self._writers.pop(name).close()
         self._purge_step = step + 1
@@ -109,15 +114,13 @@ class RunLog:
             self._progress = _Progress(stage, max(step, 0), steps)
 
     def metrics(self, stage: str, step: int, values: Mapping[str, Any], seed: int | None = None) -> None:
-        """Appends one line and flushes it. Values are scalars; what is not finite is written as null."""
+        """Appends one line. Values are scalars; what is not finite is written as null."""
         head = {"stage": stage, "step": step} | ({} if seed is None else {"seed": seed})
-        line = head | {name: _scalar(name, value) for name, value in values.items()}
-        self._lines.write(_dump(line) + "\n")
-        self._lines.flush()
-        writer = self._tensorboard(stage if seed is None else f"{stage}/seed_{seed}")
-        for name, value in line.items():
-            if name not in head and value is not None:
-                writer.add_scalar(f"{stage}/{name}", value, step)
+        line: dict[str, Any] = head | {name: _scalar(name, value) for name, value in values.items()}
+        append_whole(self._lines.fileno(), self._metrics_path, (_dump(line) + "\n").encode())
+        events = self._tensorboard(stage if seed is None else f"{stage}/seed_{seed}")
+        scalars = {name: line[name] for name in values if line[name] is not None}
+        events.add(step, {f"{stage}/{name}": value for name, value in scalars.items()})
 
     def progress(self, step: int, values: Mapping[str, Any]) -> None:
         """Shows how far the stage is, with those of the metrics of `PROGRESS` that are there."""
@@ -133,21 +136,13 @@ class RunLog:
 
     def sync(self) -> None:
         """Puts all lines so far on the disk, before a checkpoint of the same step may be."""
-        self._lines.flush()
         os.fsync(self._lines.fileno())
         for writer in self._writers.values():
             writer.flush()
 
-    def _tensorboard(self, name: str) -> Any:
+    def _tensorboard(self, name: str) -> EventFile:
         if name not in self._writers:
-            from tensorboardX import SummaryWriter
-
-            folder = self.workdir / "tensorboard" / name
-            self._writers[name] = SummaryWriter(
-                str(folder),
-                purge_step=self._purge_step,
-                filename_suffix=f".{time.time_ns()}",  # the name has whole seconds, and a second writer would overwrite
-            )
+            self._writers[name] = EventFile(self.workdir / "tensorboard" / name, self._purge_step)
         return self._writers[name]
 
     def last(self, stage: str) -> Metrics | list[Metrics]:
@@ -189,18 +184,18 @@ class RunLog:
             raise ValueError(f"outcomes {name!r} must be finite numbers [N] or [seeds, N], got shape {array.shape}")
         folder = self.workdir / "outcomes"
         folder.mkdir(exist_ok=True)
-        target = folder / f"{_file_name(name)}.npy"
-        partial = target.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.save(file, array)
-        partial.replace(target)
+        content = io.BytesIO()
+        np.save(content, array)
+        write_atomically(folder / f"{_file_name(name)}.npy", content.getvalue())
 
     def figure(self, name: str, figure: Any) -> Path:
         """Saves a matplotlib figure as `figures/<name>.png` and returns the path."""
         folder = self.workdir / "figures"
         folder.mkdir(exist_ok=True)
         path = folder / f"{_file_name(name)}.png"
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        content = io.BytesIO()
+        figure.savefig(content, dpi=150, bbox_inches="tight")
+        write_atomically(path, content.getvalue())
         return path
 
     def info(self, text: str) -> None:
@@ -216,10 +211,10 @@ class RunLog:
             self._progress.close()
             self._progress = None
         self._lines.close()
-        for writer in self._writers.values():
-            writer.close()
-        self._writers = {}
         self._lock.close()
+        writers, self._writers = self._writers, {}
+        for writer in writers.values():
+            writer.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -323,16 +318,6 @@ def read_outcomes(workdir: str | Path, name: str) -> np.ndarray | None:
     return np.load(path) if path.exists() else None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a text file so that a reader, or a crash, sees the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def _lock(workdir: Path) -> Any:
     """An exclusive lock that the system drops when its holder dies, however it dies."""
     file = (workdir / ".lock").open("a")
@@ -346,7 +331,7 @@ def _lock(workdir: Path) -> Any:
     return file
 
 
-def drop_torn_line(path: Path) -> None:
+def _drop_torn_line(path: Path) -> None:
     """A line without its newline was being written when the process died."""
     if path.exists():
         content = path.read_bytes()

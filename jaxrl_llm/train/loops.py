@@ -3,7 +3,8 @@
 The guarantee: with the same jax, flags and device, a run that was killed at any moment and started again ends with the
 same parameters and the same `metrics.jsonl` (timings aside), bit for bit, as one that ran through. It holds because an
 iteration is a pure function of the state, whose randomness is folded from `(state.seed, state.step)`, and a host batch
-one of (seed, step).
+one of (seed, step), of the weights that were published, and of host state that is saved with each checkpoint. RESUME.md
+says what that takes and where it ends.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxrl_llm.train.checkpoints import Checkpoints
+from jaxrl_llm.train.checkpoints import Checkpoints, finished_steps
+from jaxrl_llm.train.host_state import HostState, load_host_state, save_host_state, set_damaged_aside
 from jaxrl_llm.train.interrupts import Interrupted, StopRequests
 from jaxrl_llm.train.logging import RunLog
 from jaxrl_llm.train.sharding import shard_batch
+from jaxrl_llm.train.watchdog import Watchdog
 from jaxrl_llm.types import Metrics, TrainState
 
 Partial = jax.tree_util.Partial
@@ -85,6 +88,7 @@ def loop(
     evaluate: Callable[[TrainState], Metrics] | None = None,
     evaluate_every: int | None = None,
     publish: Callable[[int, TrainState], None] | None = None,
+    host: HostState | None = None,
 ) -> TrainState:
     """Trains one stage to its end, going on from the newest good checkpoint in the workdir.
 
@@ -94,8 +98,10 @@ def loop(
     with its compilation), and `tokens_per_second` where there is a metric `tokens`.
 
     Read from `log.config`: `seed` (default 0), `checkpoint_every` (50), `keep_checkpoints` (2), `max_skipped_in_row`
-    (10). If `config.seed` is a tuple, everything is mapped over seeds: each array of the state has an axis of seeds in
-    front, and each seed has its own line in `metrics.jsonl`.
+    (10), `step_timeout` (seconds after which a step that hangs ends the process: see `Watchdog`), `grace_seconds` (that
+    a step has to end and be saved after a signal: see `StopRequests`). If `config.seed` is a tuple, everything is
+    mapped over seeds: each array of the state has an axis of seeds in front, and each seed has its own line in
+    `metrics.jsonl`.
 
     Args:
       init: `init(seed) -> state`, or `init(seed, previous)` where `previous` is given. Parameters that all seeds start
@@ -110,6 +116,9 @@ def loop(
       evaluate: `evaluate(state) -> metrics`; pure.
       publish: `publish(step, state)`, called with the state that the stage begins or goes on with and after every
         iteration, before the next batch is asked for. The next iteration takes the buffers of the state over.
+      host: what `batch` keeps on the host from step to step, saved and restored with each checkpoint. `batch` alone may
+        change it: it is called once for each step, after the checkpoint of the steps before, and `publish` is called
+        again when a run goes on.
 
     Returns:
       The state after `steps` iterations.
@@ -120,6 +129,7 @@ def loop(
       NonFiniteError: `max_skipped_in_row` updates in a row were skipped.
       Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
       CheckpointError: no checkpoint of those there are can be used.
+      DiskFullError: there was no room for the record.
     """
     config = log.config
     seed = config.get("seed", 0)
@@ -141,8 +151,12 @@ def loop(
     state = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True), state)
     checkpoints = Checkpoints(log.workdir / "checkpoints" / stage, keep=config.get("keep_checkpoints", 2))
     step = 0
+    if host is not None:
+        set_damaged_aside(checkpoints.folder)
     if restored := checkpoints.restore(state):
         step, state = restored
+        if host is not None:
+            host.set_state(load_host_state(checkpoints.folder, step))
         log.info(
             f"{stage}: going on from step {step} of {steps}" if step < steps else f"{stage}: complete at step {step}"
         )
@@ -164,21 +178,35 @@ def loop(
             return ()
         return (batch(step) if isinstance(seed, tuple) else shard_batch(batch(step)),)
 
+    def save(step: int, state: TrainState) -> None:
+        log.sync()
+        if host is not None:
+            save_host_state(checkpoints.folder, step, host)
+        checkpoints.save(step, state)
+
+    def newest() -> str:
+        steps_saved = finished_steps(checkpoints.folder)
+        return f"step {steps_saved[-1]}" if steps_saved else f"none yet of stage {stage}"
+
     pending: deque[tuple[int, Metrics, Metrics]] = deque()
+    watchdog = Watchdog(log.workdir, config.get("step_timeout"))
     try:
-        with StopRequests() as stop:
+        with watchdog, StopRequests(config.get("grace_seconds"), newest) as stop:
+            watchdog.expect("start", f"{stage}: what comes before step {step + 1}")
             if not restored:
                 if run_evaluate is not None:
                     recorder.write(0, {}, run_evaluate(state))
                 if steps == 0:
-                    log.sync()
-                    checkpoints.save(0, state)
+                    save(0, state)
             if publish is not None:
                 publish(step, state)
             if step < steps:
                 upcoming = next_batch(step)
                 _check_iteration(run_iteration, state, upcoming)
             while step < steps:
+                # Times are compared among steps alike. An evaluation may still be under way in the step behind it.
+                kind = evaluation_due(step), evaluation_due(step + 1), (step + 1) % checkpoint_every == 0
+                watchdog.expect(kind, f"{stage}: step {step + 1}, with what was under way of step {step},")
                 state, metrics = run_iteration(state, *upcoming)
                 step += 1
                 if publish is not None:
@@ -193,8 +221,7 @@ def loop(
                     recorder.write(*pending.popleft())
                 failed = recorder.skipped_in_row >= max_skipped
                 if save_now or failed:
-                    log.sync()
-                    checkpoints.save(step, state)
+                    save(step, state)
                     recorder.restart_clock()
                 if failed:
                     checkpoints.wait()
@@ -203,14 +230,17 @@ def loop(
                     break
                 if step < steps:
                     upcoming = next_batch(step)
+            watchdog.expect("end", f"{stage}: the write of its last checkpoint")
             checkpoints.wait()
             if stop.received is not None:
                 log.end_stage()
                 log.info(f"{stage}: stopped after step {step} of {steps}, saved; the same command goes on from there")
                 raise Interrupted(128 + stop.received)
     finally:
-        log.end_stage()
-        checkpoints.close()
+        try:
+            log.end_stage()
+        finally:
+            checkpoints.close()
     return state
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.files import write_atomically
 from jaxrl_llm.train import figures
 from jaxrl_llm.train.config import config_difference
 from jaxrl_llm.train.intervals import Interval, bootstrap_mean, describe, judge
-from jaxrl_llm.train.logging import read_outcomes, read_summary, write_atomically
+from jaxrl_llm.train.logging import read_outcomes, read_summary
 from jaxrl_llm.train.runs import Page, is_complete, run_page
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_llm import ops
 from jaxrl_llm.envs.single_turn import SingleTurnEnv
-from jaxrl_llm.sampling import rollout, score_rollout
+from jaxrl_llm.sampling import as_rollout, replace_prompts, rollout, score_rollout
 from jaxrl_llm.types import Decoding
 from tests.sampling.worlds import MODEL, VOCAB, EchoEnv, one_token_prompts, random_prompts, scripted
 
@@ -266,3 +266,36 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             Decoding(**wrong)
+
+
+def test_responses_of_others_are_scored_like_ones_own():
+    """One turn of a rollout, taken apart and put together again, has the log-probs that it had."""
+    sizes = dict(max_length=17, max_turns=1, max_turn_tokens=8)
+    one = jax.jit(lambda key: rollout(MODEL, PARAMS, EchoEnv(turns=1), TASKS, key, **sizes))(jax.random.key(0))
+    places = jnp.minimum(jnp.arange(8) + one.prompt_lengths[:, None], 16)
+    answers = jnp.take_along_axis(one.tokens, places, axis=1)
+    again = as_rollout(TASKS["prompt_tokens"], one.prompt_lengths, answers, one.lengths - one.prompt_lengths)
+    for name in ("tokens", "lengths", "mask", "turn_ids"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(one, name), err_msg=name)
+    logprobs, _ = jax.jit(lambda rows: score_rollout(MODEL, PARAMS, rows, decoding=Decoding()))(again)
+    np.testing.assert_allclose(logprobs, one.logprobs, atol=1e-4)  # one pass against a cache, float32
+
+
+@pytest.mark.parametrize("change", [-1, 0, 2])
+def test_responses_behind_other_prompts(sampled, change):
+    """What was sampled moves with its prompt: the log-probs of the new rows are those of rows written by hand."""
+    lengths = jnp.maximum(sampled.prompt_lengths + change, 1)
+    prompts = jax.random.randint(jax.random.key(3), (sampled.tokens.shape[0], 12), 0, VOCAB)
+    moved = replace_prompts(sampled, prompts, lengths)
+    for row in range(0, sampled.tokens.shape[0], 5):
+        old, new, end = int(sampled.prompt_lengths[row]), int(lengths[row]), int(sampled.lengths[row])
+        room = min(end - old, SIZES["max_length"] - new)
+        want = np.concatenate([prompts[row, :new], sampled.tokens[row, old : old + room]])
+        assert int(moved.lengths[row]) == len(want) and bool(moved.scorable[row]) == (room == end - old)
+        np.testing.assert_array_equal(moved.tokens[row, : len(want)], want)
+        for name, fill in (("mask", False), ("logprobs", 0), ("turn_ids", -1)):
+            array = getattr(moved, name)[row]
+            np.testing.assert_array_equal(array[new : new + room], getattr(sampled, name)[row, old : old + room])
+            assert (array[:new] == fill).all() and (array[new + room :] == fill).all()
+    with pytest.raises(ValueError, match="prompts of 60 tokens do not fit into rows of 48"):
+        replace_prompts(sampled, jnp.zeros((sampled.tokens.shape[0], 60), jnp.int32), lengths)

@@ -60,6 +60,7 @@ def demonstrate_sums(
     wrong: float = 0.0,
     waits: float = 0.0,
     wait_first: bool = True,
+    endless: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Responses of a demonstrator who errs: `tokens` int32[N, L], `mask` bool[N, L] (of the response) and `lengths`.
 
@@ -68,9 +69,10 @@ def demonstrate_sums(
       wrong: chance that a number that is written (a partial sum, or the answer) is a random one. An error in a partial
         sum is carried on.
       waits: mean of the geometric number of waiting tokens, before the answer (`wait_first`) or behind it.
+      endless: how many of the demonstrations wait behind the answer and never end.
     """
     number, width = sums["prompt_tokens"].shape
-    length = width + max(sums["terms"]) + 3 + (int(8 * waits) + 1 if waits else 0)
+    length = width + max(sums["terms"]) + 3 + (int(8 * waits) + 1 if waits else 12 * (endless > 0))
     tokens, lengths = np.full((number, length), PAD, np.int32), np.zeros(number, np.int32)
     mask = np.zeros((number, length), bool)
     for row in range(number):
@@ -87,6 +89,8 @@ def demonstrate_sums(
         waiting = [WAIT] * min(int(rng.geometric(1 / (1 + waits))) - 1, length - width - max(sums["terms"]) - 3)
         answer = [ANSWER, FIRST_NUMBER + total]
         response = [*waiting, *steps, *answer, EOS] if wait_first else [*steps, *answer, *waiting, EOS]
+        if rng.random() < endless:
+            response = [*steps, *answer, *[WAIT] * (length - size - len(steps) - 2)]
         lengths[row] = size + len(response)
         tokens[row, : lengths[row]] = [*sums["prompt_tokens"][row, :size], *response]
         mask[row, size : lengths[row]] = True
