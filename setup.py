@@ -49,6 +49,7 @@ DEV = [
     "pytest>=9.0",
     "pytest-cov>=7.0",
     "pytest-xdist>=3.8",
+    "psutil>=7.0",
     "hypothesis>=6.150",
     "chex>=0.1.92",
     "packaging>=25",

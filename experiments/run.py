@@ -6,6 +6,8 @@
 `--config` takes a config file or a slug, with `:arm` behind it (tiny, small, paper; default small). The workdir gets
 config.json, metrics.jsonl, summary.json, checkpoints/, figures/ and TensorBoard events; without `--workdir` it is
 out/<slug>-<arm>. `--config.key=value` changes the config.
+
+With `--config.distributed.workers=2` the page runs in a process of its own, which is started again if it is killed.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 
 from experiments import ROOT, load_page, split_name
+from jaxrl_llm.distributed import FAILED, HeadLost, die_with_supervisor, supervise, workdir_progress
 from jaxrl_llm.files import DiskFullError
 from jaxrl_llm.train import (
     CheckpointError,
@@ -37,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="config file or slug, with :arm")
     parser.add_argument("--workdir", help="folder of the run")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--once", action="store_true", help="in this process, whatever becomes of it")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        overrides, rest = parse_overrides(sys.argv[1:] if arguments is None else arguments)
+        overrides, rest = parse_overrides(arguments)
         options = parser.parse_args(rest)
         files, arm = split_name(options.config)
         config = load_config(f"{ROOT / files.config}:{arm}", overrides)
@@ -47,15 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
+    workdir = options.workdir or f"out/{files.slug}-{arm}"
+    if config.get("distributed", {}).get("workers") and not options.once:
+        command = [sys.executable, "-m", "experiments.run", *arguments, "--once"]
+        code = supervise(command, lambda: workdir_progress(workdir))
+        return 1 if code == FAILED else code
+    die_with_supervisor()
     enable_compilation_cache(ROOT / ".jax_cache")
+    failed = FAILED if options.once else 1
     try:
-        summary = run_page(page, config, options.workdir or f"out/{files.slug}-{arm}", quiet=options.quiet)
+        summary = run_page(page, config, workdir, quiet=options.quiet)
     except WorkdirError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, NonFiniteError, DiskFullError) as error:
+    except HeadLost as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (CheckpointError, NonFiniteError, DiskFullError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return failed
+    except Exception:
+        traceback.print_exc()
+        return failed
     print(json.dumps(summary, indent=2))
     return 0
 

@@ -117,7 +117,7 @@ class Batch:
 
     rollout: Rollout
     mask: Bool[Array, "B T"]  # tokens that the loss touches; the rollout's mask unless an ablation says otherwise
-    old_logprobs: Float[Array, "B T"]  # under the policy that sampled
+    old_logprobs: Float[Array, "B T"]  # under the policy that the ratio is taken to, by default the one that sampled
     advantages: Float[Array, "B T"]
     ref_logprobs: Float[Array, "B T"] | None = None  # under the reference, where there is one
     returns: Float[Array, "B T"] | None = None  # targets of a critic

@@ -6,7 +6,7 @@
 
 from ml_collections import ConfigDict
 
-from jaxrl_llm import train
+from jaxrl_llm import distributed, train
 
 
 def get_config(arm: str = "small") -> ConfigDict:
@@ -71,6 +71,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         },
         # the run
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1, "expert": 1},  # devices along each axis
+        "distributed": distributed.settings(),  # workers: processes that sample beside the trainer
         "evaluate_every": 20,
         "checkpoint_every": 20,
         "keep_checkpoints": 2,

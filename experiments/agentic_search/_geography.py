@@ -6,6 +6,7 @@ A page writes what its paper adds: how a batch is made of rollouts, and the upda
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -63,7 +64,12 @@ class Agent(NamedTuple):
 
 def make_world(config: ConfigDict) -> World:
     """The environments and the questions: the world's own, or those of `config.train_file` and `config.test_file`."""
-    tokenizer = geography_tokenizer()
+    return _world_of(train.to_json(config))
+
+
+@functools.lru_cache(maxsize=1)  # wanted by what samples and by what evaluates
+def _world_of(config_text: str) -> World:
+    config, tokenizer = train.from_json(config_text), geography_tokenizer()
 
     def tasks(split: Literal["train", "test"]) -> GeographyTask:
         file, number = config[f"{split}_file"], config[f"{split}_questions"]

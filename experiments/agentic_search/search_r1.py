@@ -49,7 +49,7 @@ from experiments.agentic_search._geography import (
     shared_prompt,
     warm_start,
 )
-from jaxrl_llm import ops, train
+from jaxrl_llm import distributed, ops, train
 from jaxrl_llm.sampling import score_rollout
 from jaxrl_llm.types import Batch, Decoding, Metrics, Params, Rollout, TrainState
 
@@ -74,6 +74,7 @@ def make_train_step(config: ConfigDict, agent: Agent, optimizer: optax.GradientT
             agg=config.agg,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
+            weights=batch.weights,
             denominator=denominator,
         )
         assert batch.ref_logprobs is not None  # make_batch puts it there
@@ -120,33 +121,51 @@ def make_batch(config: ConfigDict, agent: Agent, state: TrainState, sampled: Rol
             (steps >= sampled.prompt_lengths[:, None]) & (steps < sampled.lengths[:, None]) & sampled.scorable[:, None]
         )
         old_logprobs = score(state.params["policy"], mask)
+    weights = None
+    if config.distributed.workers:  # sampled under older weights: the ratio is taken to those of now (decoupled PPO)
+        now, cap = score(state.params["policy"], mask), config.distributed.importance_cap
+        weights = ops.importance_weights(now, sampled.logprobs, sampled.mask & mask, cap=cap)
+        weights = jnp.where(sampled.mask, weights, 1.0)  # what the policy did not draw has nothing to correct
+        old_logprobs = now
     ref_logprobs = score(state.ref_params, mask)
     if config.algorithm == "grpo":
         advantages = ops.grpo_advantages(sampled.rewards, sampled.group_ids, mask, valid=sampled.scorable)
-        return Batch(sampled, mask, old_logprobs, advantages, ref_logprobs)
+        return Batch(sampled, mask, old_logprobs, advantages, ref_logprobs, weights=weights)
     token_rewards = ops.kl_shaped_rewards(sampled.rewards, old_logprobs, ref_logprobs, mask, beta=config.kl_coefficient)
     values = agent.values(state.params, sampled, config)
     advantages = ops.gae_advantages(token_rewards, values, mask, gamma=1.0, lam=1.0)
-    return Batch(
-        sampled, mask, old_logprobs, ops.masked_whiten(advantages, mask), ref_logprobs, advantages + values, values
-    )
+    whitened = ops.masked_whiten(advantages, mask)
+    return Batch(sampled, mask, old_logprobs, whitened, ref_logprobs, advantages + values, values, weights)
 
 
-def make_iteration(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """One turn of the algorithm: sample, score, update."""
+def play_batch(
+    config: ConfigDict, agent: Agent, world: World, params: Params, seed: jax.Array, number: jax.Array
+) -> tuple[Rollout, jax.Array]:
+    """The rollout of a number: episodes of tasks drawn with it, and the hops of each."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), number)
+    task_key, rollout_key = jax.random.split(key)
+    chosen = jax.random.choice(task_key, world.train_tasks.hops.shape[0], (config.prompts,), replace=False)
+    tasks = jax.tree.map(lambda x: x[chosen], world.train_tasks)
+    sampled = play(config, agent.policy, params, world.env, tasks, rollout_key, config.group_size)
+    return sampled, jnp.repeat(tasks.hops, config.group_size)
+
+
+def make_sample(config: ConfigDict) -> distributed.Sampler:
+    """What a process that samples needs: this one, or those of `config.distributed`."""
+    play_world = partial(play_batch, config, make_agent(config))
+    return distributed.device_sampler(jax.tree_util.Partial(play_world, make_world(config)), config.seed)
+
+
+def make_update(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """One turn of the algorithm, from what was sampled to the next state."""
     train_step = make_train_step(config, agent, optimizer)
 
-    def iteration(world: World, state: TrainState) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.seed), state.step)
-        task_key, rollout_key = jax.random.split(key)
-        chosen = jax.random.choice(task_key, world.train_tasks.hops.shape[0], (config.prompts,), replace=False)
-        tasks = jax.tree.map(lambda x: x[chosen], world.train_tasks)
-        sampled = play(config, agent.policy, state.params["policy"], world.env, tasks, rollout_key, config.group_size)
+    def update(state: TrainState, samples: tuple[Rollout, jax.Array]) -> tuple[TrainState, Metrics]:
+        sampled, hops = samples
         batch = make_batch(config, agent, state, sampled)
 
         mini_batches = jax.tree.map(lambda x: x.reshape(config.mini_batches, -1, *x.shape[1:]), batch)
         state, updates = jax.lax.scan(train_step, state, mini_batches)
-        hops = jnp.repeat(tasks.hops, config.group_size)
         informative = ops.dynamic_sampling_mask(sampled.rewards, sampled.group_ids, sampled.scorable)
         return dataclasses.replace(state, step=state.step + 1), {
             **train.mean_metrics(updates),
@@ -158,7 +177,7 @@ def make_iteration(config: ConfigDict, agent: Agent, optimizer: optax.GradientTr
             "tokens": jnp.sum(sampled.lengths),
         }
 
-    return iteration
+    return update
 
 
 def make_optimizers(config: ConfigDict) -> optax.GradientTransformation:
@@ -212,9 +231,11 @@ def run(config: ConfigDict, log: train.RunLog) -> None:
     def held_out(world: World, state: TrainState) -> Metrics:
         return evaluate(world.env, world.test_tasks, state.params["policy"], state.ref_params)[0]
 
-    state = train.loop(
+    state = distributed.loop(
         jax.tree_util.Partial(init, reference),
-        jax.tree_util.Partial(make_iteration(config, agent, optimizer), world),
+        make_update(config, agent, optimizer),
+        make_sample,
+        policy=lambda params: params["policy"],
         steps=config.steps,
         log=log,
         evaluate=jax.tree_util.Partial(held_out, world),

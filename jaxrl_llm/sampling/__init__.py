@@ -15,7 +15,7 @@ from jaxrl_llm.sampling.grammars import json_schema_automaton, regex_automaton
 from jaxrl_llm.sampling.host import Context, NewContext, host_rollout
 from jaxrl_llm.sampling.moves import Episode, Fork, Move, Role
 from jaxrl_llm.sampling.planning import Position, TurnSearch, first_positions, play_turn, sample_turns, turn_search
-from jaxrl_llm.sampling.rows import Row, rows_to_rollout
+from jaxrl_llm.sampling.rows import Row, join_rollouts, rows_to_rollout
 from jaxrl_llm.sampling.score import as_rollout, replace_prompts, rollout_hidden, score_rollout
 from jaxrl_llm.sampling.search import Beams, Vote, beam_search, best_of_n, self_consistency
 from jaxrl_llm.sampling.server import PolicyServer, Reply
@@ -57,6 +57,7 @@ __all__ = [
     "constrain",
     "first_positions",
     "host_rollout",
+    "join_rollouts",
     "json_schema_automaton",
     "next_states",
     "own_mask",

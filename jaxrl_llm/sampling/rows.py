@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -156,3 +156,35 @@ def rows_to_rollout(
         **{name: np.asarray(column, np.int32) for name, column in columns.items()},
     )
     return Rollout(**{name: jnp.asarray(array) for name, array in fields.items()}, decoding=decoding)
+
+
+def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of the same widths as one, whose groups, episodes and parents stay apart.
+
+    Raises:
+      ValueError: they were decoded in different ways, or only some have a field such as `versions`.
+    """
+    first = rollouts[0]
+    if others := {rollout.decoding for rollout in rollouts} - {first.decoding}:
+        raise ValueError(f"rollouts of {first.decoding} and {others.pop()} cannot be one: they are scored differently")
+    columns: dict[str, list[Any]] = {}
+    for field in dataclasses.fields(Rollout):
+        values = [getattr(rollout, field.name) for rollout in rollouts]
+        if field.name == "decoding" or all(value is None for value in values):
+            continue
+        if any(value is None for value in values):
+            raise ValueError(f"some of the rollouts have {field.name}, others have none; sample all of them alike")
+        columns[field.name] = values
+    for name in {"group_ids", "rollout_ids"} & set(columns):
+        columns[name] = _apart(columns[name], [jnp.max(ids) + 1 for ids in columns[name]])
+    if "parent" in columns:
+        columns["parent"] = _apart(columns["parent"], [len(parents) for parents in columns["parent"]])
+    joined: dict[str, Any] = {
+        name: jnp.concatenate([jnp.asarray(value) for value in values]) for name, values in columns.items()
+    }
+    return dataclasses.replace(first, **joined)
+
+
+def _apart(columns: list[Any], sizes: list[Any]) -> list[Any]:
+    """Numbers of several rollouts, each behind those of the one before; -1 stays."""
+    return [jnp.where(ids < 0, ids, ids + sum(sizes[:index])) for index, ids in enumerate(map(jnp.asarray, columns))]

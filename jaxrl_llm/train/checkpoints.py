@@ -12,6 +12,7 @@ every step therefore costs a short step as much as itself; every 10 to 50 steps 
 from __future__ import annotations
 
 import shutil
+import threading
 import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+_SAVING = threading.Lock()  # orbax mixes up two saves of one process; trainers in threads have one each
 MARKER = "commit_success.txt"  # orbax writes it before it renames the temporary folder
 
 
@@ -108,7 +110,7 @@ class Checkpoints:
         path = self.folder / str(step)
         # Orbax refuses arrays without elements; their shape in the digest is all there is to know.
         filled = {name: array for name, array in arrays.items() if array.size}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _SAVING, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
                 path,
                 ocp.args.Composite(state=ocp.args.PyTreeSave(filled), digest=ocp.args.JsonSave(_digest(arrays))),

@@ -76,7 +76,7 @@ class RunLog:
             self._lock.close()
             raise
         self._metrics_path = self.workdir / "metrics.jsonl"
-        _drop_torn_line(self._metrics_path)
+        drop_torn_line(self._metrics_path)
         self._lines = self._metrics_path.open("ab", buffering=0)
         self._writers: dict[str, EventFile] = {}
         self._purge_step = 0  # TensorBoard drops what an earlier process wrote from this step on
@@ -331,7 +331,7 @@ def _lock(workdir: Path) -> Any:
     return file
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """A line without its newline was being written when the process died."""
     if path.exists():
         content = path.read_bytes()

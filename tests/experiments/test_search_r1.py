@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +24,18 @@ def config_of(arm="tiny", **overrides):
 
 def shapes_of_an_iteration(config):
     """Traces one iteration without running it."""
-    world, agent = _geography.make_world(config), _geography.make_agent(config)
-    optimizer = search_r1.make_optimizers(config)
+    agent, optimizer = _geography.make_agent(config), search_r1.make_optimizers(config)
+    sample, update = search_r1.make_sample(config), search_r1.make_update(config, agent, optimizer)
 
-    def start_and_iterate(world, key):
+    def start_and_iterate(key):
         policy = agent.policy.init(key)
         params = {"policy": policy}
         if config.algorithm == "ppo":
             params["critic"] = {"decoder": policy, "head": agent.init_head(key)}
         state = train.init_state(params, optimizer, 0, ref_params=policy)
-        return state, search_r1.make_iteration(config, agent, optimizer)(world, state)
+        return state, update(state, sample(lambda: (policy, 0), 0, 0))
 
-    return jax.eval_shape(start_and_iterate, world, jax.random.key(0))
+    return jax.eval_shape(start_and_iterate, jax.random.key(0))
 
 
 def test_run(tmp_path):
@@ -80,6 +81,26 @@ def test_paper_settings_trace():
     assert metrics["loss"].shape == ()
     params = jax.eval_shape(_geography.make_agent(config_of("paper")).policy.init, jax.random.key(0))
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) > 2e9
+
+
+def test_rollouts_of_older_weights_are_weighted():
+    """The ratio is taken to the weights of now, and a truncated weight stands for the step from then to now."""
+    config = config_of(distributed__workers=2, distributed__importance_cap=1.01)
+    agent = _geography.make_agent(config)
+    then = _geography.warm_start(config, agent.policy, None)
+    now = jax.tree.map(lambda leaf: leaf * 1.03, then)
+    sampled, _ = search_r1.make_sample(config)(lambda: (then, 4), 0, 7)
+    state = train.init_state({"policy": now}, search_r1.make_optimizers(config), 0, ref_params=then)
+    batch = jax.jit(partial(search_r1.make_batch, config, agent))(state, sampled)
+    ratio = np.exp(np.asarray(batch.old_logprobs) - np.asarray(sampled.logprobs))[sampled.mask]
+    weights = np.asarray(batch.weights)[sampled.mask]
+    np.testing.assert_allclose(weights, np.minimum(ratio, 1.01), rtol=1e-5)  # an exponential in float32
+    assert np.any(ratio > 1.01) and np.any(ratio < 0.9) and np.all(sampled.versions[sampled.mask] == 4)
+    fresh = jax.jit(partial(search_r1.make_batch, config, agent))(
+        train.init_state({"policy": then}, search_r1.make_optimizers(config), 0, ref_params=then), sampled
+    )
+    # sampler and trainer are the same model: what is left is the rounding of two orders of summation
+    np.testing.assert_allclose(np.asarray(fresh.weights)[sampled.mask], 1, atol=1e-4)
 
 
 def test_warm_start_from_scratch(tmp_path):
