@@ -40,9 +40,9 @@ def save_host_state(folder: Path, step: int, host: HostState) -> None:
         data = pack(host.get_state())
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{step}.host", zlib.crc32(data).to_bytes(4, "big") + data)
-        keep = {step, *finished_steps(folder)}
-        for path in folder.glob("*.host"):
-            if int(path.stem) not in keep:
+        oldest = min(finished_steps(folder), default=0)
+        for path in folder.glob("*.host"):  # the checkpoint of one may be under way, but not of those before the oldest
+            if int(path.stem) < oldest:
                 path.unlink()
 
 
