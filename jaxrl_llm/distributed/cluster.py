@@ -37,6 +37,7 @@ def cluster(
 
     Raises:
       ConnectionError: nobody answers at `address` within `connect_seconds`.
+      HeadLost: Ray cannot be started here.
       ModuleNotFoundError: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -50,9 +51,11 @@ def cluster(
     if ray.is_initialized():
         yield
         return
-    if address is None:
-        with warnings.catch_warnings():  # of jax, about a fork; what follows it is another program
-            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+    if address is not None:
+        check_address(address, connect_seconds)
+    with warnings.catch_warnings(), lost_head():
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # of jax; what follows the fork is another program
+        if address is None:
             ray.init(
                 address="local",
                 num_cpus=math.ceil(num_cpus) + 1,
@@ -60,13 +63,23 @@ def cluster(
                 include_dashboard=False,
                 configure_logging=False,
             )
-    else:
-        check_address(address, connect_seconds)
-        ray.init(address=address, configure_logging=False)
+        else:
+            ray.init(address=address, configure_logging=False)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def lost_head() -> Iterator[None]:
+    """Within this context, an error of Ray itself is a `HeadLost`: a new process, with a new cluster, may do better."""
+    import ray
+
+    try:
+        yield
+    except (ray.exceptions.RayError, RuntimeError, OSError) as error:
+        raise HeadLost(f"Ray does not answer ({type(error).__name__}: {str(error):.300})") from error
 
 
 def start_actor(kind: type, *arguments: Any, **options: Any) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxrl_llm import train
-from jaxrl_llm.distributed.cluster import check_head, cluster, start_actor
+from jaxrl_llm.distributed.cluster import check_head, cluster, lost_head, start_actor
 from jaxrl_llm.distributed.source import Sampler, Taken, join_samples
 from jaxrl_llm.distributed.store import SampleStore, read_ledger
 from jaxrl_llm.types import Params, Rollout
@@ -175,11 +175,11 @@ class WorkerPool:
         if not self._begun:
             self._version, self._weights = -1, None
             self._begin()
-        weights = ray.put(jax.device_get(params))
-        with self._news:
-            self._version, self._weights = version, weights
+        host = jax.device_get(params)
+        with lost_head(), self._news:
+            self._version, self._weights = version, ray.put(host)
             for worker in self._workers():
-                worker.actor.receive.remote(version, weights)
+                worker.actor.receive.remote(version, self._weights)
         if saved := train.finished_steps(self._log.workdir / "checkpoints" / self._stage):
             self._store.release(self._stage, before=saved[0])
 
@@ -232,7 +232,8 @@ class WorkerPool:
                 if not running:
                     time.sleep(POLL_SECONDS)
                     continue
-                done, _ = ray.wait(running, timeout=POLL_SECONDS)
+                with lost_head():
+                    done, _ = ray.wait(running, timeout=POLL_SECONDS)
                 with self._news:
                     for reference in done:
                         self._take_in(self._running.pop(reference), reference)

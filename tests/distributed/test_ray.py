@@ -43,7 +43,7 @@ def kill_workers(folder, after, done):
 
 
 def test_workers_are_killed_and_nothing_is_lost_or_counted_twice(cluster, tmp_path):
-    config, done = config_of(steps=16, sleep=0.05), threading.Event()
+    config, done = config_of(steps=16, sleep=0.1), threading.Event()
     killer = threading.Thread(target=kill_workers, args=(tmp_path / "rollouts", (4, 12), done))
     killer.start()
     try:
@@ -66,13 +66,14 @@ def test_workers_are_killed_and_nothing_is_lost_or_counted_twice(cluster, tmp_pa
 
 
 def test_a_resumed_trainer_is_given_the_same_again(cluster, tmp_path):
-    """As after a kill: of two steps only the first is in a checkpoint, and the second step's rollouts are waiting."""
+    """As after a kill: step 4 is in the ledger, but not in a checkpoint."""
     whole = tmp_path / "whole"
-    train.run_page(page, config_of(steps=4, checkpoint_every=3, keep_checkpoints=2), whole, quiet=True)
+    config = config_of(steps=4, checkpoint_every=3, distributed__workers=1)
+    train.run_page(page, config, whole, quiet=True)
     lines, final = train.read_metrics(whole), train.read_summary(whole)
     for left in (whole / "checkpoints" / "train" / "4", whole / "summary.json"):
         left.rename(tmp_path / left.name)
-    assert train.run_page(page, config_of(steps=4, checkpoint_every=3, keep_checkpoints=2), whole, quiet=True)
+    assert train.run_page(page, config, whole, quiet=True)
     timeless = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
     again = [
         {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
@@ -85,7 +86,7 @@ def test_a_resumed_trainer_is_given_the_same_again(cluster, tmp_path):
 
 def test_a_rollout_that_cannot_be_made_ends_the_run(cluster, tmp_path):
     with pytest.raises(RuntimeError, match="rollout 1 of seed 0 failed 3 times.*the environment is down"):
-        train.run_page(page, config_of(fail_at=1), tmp_path, quiet=True)
+        train.run_page(page, config_of(fail_at=1, distributed__workers=1), tmp_path, quiet=True)
 
 
 def test_two_trainers_exchange_samples_and_one_is_killed(cluster, tmp_path):
@@ -143,6 +144,19 @@ def test_tools_without_a_cluster(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     (local,) = distributed.served_tools(make_tools, name="numbers")
     assert local.call(number=1) == f"1 {os.getpid()}"
+
+
+def test_ray_that_cannot_be_started_may_be_tried_again(monkeypatch):
+    import ray
+
+    def fail(**options):
+        raise RuntimeError("the node timed out during startup")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(distributed.HeadLost, match="Ray does not answer .RuntimeError: the node timed out"):
+        with distributed.cluster():
+            pass
 
 
 def test_an_address_that_does_not_answer():
