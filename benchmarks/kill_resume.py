@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -31,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.001
 
 
-def start(config: str, overrides: dict[str, str], workdir: Path) -> subprocess.Popen[bytes]:
+def start(config: str, overrides: dict[str, str], workdir: Path, *options: str) -> subprocess.Popen[bytes]:
     """Starts a run in a process of its own; its output goes to `<workdir>.log`."""
-    command = [sys.executable, "-m", "experiments.run", f"--config={config}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "experiments.run", f"--config={config}", f"--workdir={workdir}", *options]
     command += [f"--config.{key}={value}" for key, value in overrides.items()]
     with workdir.with_name(f"{workdir.name}.log").open("ab") as output:
         return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -45,9 +46,10 @@ def count_lines(workdir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def is_writing(workdir: Path) -> bool:
-    """Whether a checkpoint is under its temporary name just now."""
-    return any((workdir / "checkpoints").glob("*/*orbax-checkpoint-tmp*"))
+def is_writing(workdir: Path, since: float = 0.0) -> bool:
+    """Whether a checkpoint is under its temporary name just now, one begun after the time `since`."""
+    partial = (workdir / "checkpoints").glob("*/*orbax-checkpoint-tmp*")
+    return any(os.path.exists(path) and os.path.getmtime(path) > since for path in partial)
 
 
 def kill_when(
@@ -58,8 +60,9 @@ def kill_when(
     Returns:
       False if the run ended before.
     """
+    begun = time.time()
     while process.poll() is None:
-        if count_lines(workdir) >= lines and (not writing or is_writing(workdir)):
+        if count_lines(workdir) >= lines and (not writing or is_writing(workdir, begun)):
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
             return process.wait() == -signal.SIGKILL
@@ -80,7 +83,7 @@ def differences(one: Path, other: Path) -> list[str]:
     summaries = [_untimed(read_summary(workdir) or {}) | {"run": None} for workdir in (one, other)]
     if summaries[0] != summaries[1]:
         found.append(f"summary.json: {json.dumps(summaries[0])} against {json.dumps(summaries[1])}")
-    arrays = [_final_arrays(workdir) for workdir in (one, other)]
+    arrays = [final_arrays(workdir) for workdir in (one, other)]
     for name in sorted(arrays[0].keys() | arrays[1].keys()):
         left, right = (run.get(name) for run in arrays)
         if left is None or right is None or left.dtype != right.dtype or left.tobytes() != right.tobytes():
@@ -92,7 +95,8 @@ def _untimed(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key not in TIMING_KEYS}
 
 
-def _final_arrays(workdir: Path) -> dict[str, np.ndarray]:
+def final_arrays(workdir: Path) -> dict[str, np.ndarray]:
+    """Outcomes, and all arrays of the newest checkpoint of every stage."""
     arrays = {path.name: np.load(path) for path in sorted((workdir / "outcomes").glob("*.npy"))}
     for stage in sorted((workdir / "checkpoints").iterdir()):
         step = finished_steps(stage)[-1]

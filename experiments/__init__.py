@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jaxrl_llm.train.config import load_module, split_arm
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("list", "run", "sweep", "plan")
+COMMANDS = ("list", "run", "sweep", "plan", "export")
 
 
 class PageFiles(NamedTuple):

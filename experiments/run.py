@@ -8,6 +8,14 @@ config.json, metrics.jsonl, summary.json, checkpoints/, figures/ and TensorBoard
 out/<slug>-<arm>. `--config.key=value` changes the config.
 
 With `--config.distributed.workers=2` the page runs in a process of its own, which is started again if it is killed.
+
+One run by several processes is the same command once a process, with a mesh of all their devices and a workdir that all
+of them see:
+
+    python -m experiments.run --config=search_r1 --config.mesh.data=2 --coordinator=HOST:PORT --processes=2 --process=0
+    python -m experiments.run --config=search_r1 --config.mesh.data=2 --coordinator=HOST:PORT --processes=2 --process=1
+
+HOST is where process 0 runs. On a TPU pod, and under Slurm, Open MPI or Kubernetes, `--coordinator=auto` is enough.
 """
 
 from __future__ import annotations
@@ -26,9 +34,11 @@ from jaxrl_llm.train import (
     NonFiniteError,
     WorkdirError,
     enable_compilation_cache,
+    is_writer,
     load_config,
     parse_overrides,
     run_page,
+    start_processes,
 )
 
 
@@ -42,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", help="folder of the run")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--once", action="store_true", help="in this process, whatever becomes of it")
+    parser.add_argument("--coordinator", help="host:port of process 0 of several, or auto")
+    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--process", type=int, help="which of them this is, from 0")
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         overrides, rest = parse_overrides(arguments)
@@ -59,6 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = supervise(command, lambda: workdir_progress(workdir))
         return 1 if code == FAILED else code
     die_with_supervisor()
+    if options.coordinator or options.processes or options.process:
+        try:
+            start_processes(options.coordinator or "", options.processes, options.process)
+        except (ValueError, TimeoutError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     enable_compilation_cache(ROOT / ".jax_cache")
     failed = FAILED if options.once else 1
     try:
@@ -75,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return failed
-    print(json.dumps(summary, indent=2))
+    if is_writer():
+        print(json.dumps(summary, indent=2))
     return 0
 
 

@@ -76,7 +76,8 @@ def raise_if_full(error: BaseException, path: str | Path, num_bytes: int | None 
     if isinstance(error, DiskFullError):
         raise error
     text = str(error)
-    full = error.errno in FULL if isinstance(error, OSError) else any(f"os error {code})" in text for code in FULL)
+    said = [f"os error {code})" in text or f"os_error_code='{code}'" in text for code in FULL]
+    full = error.errno in FULL if isinstance(error, OSError) else any(said)
     if not full:
         return
     path = Path(path).absolute()

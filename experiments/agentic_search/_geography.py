@@ -191,8 +191,10 @@ def warm_start(config: ConfigDict, model: Model, log: train.RunLog) -> Params:
         stage="warm_start",
         batch=batch,
     )
-    file = log.workdir / "warm_start.safetensors"
-    save_params(state.params, file, dtype=jnp.bfloat16)
+    file, params = log.workdir / "warm_start.safetensors", train.fetch(state.params)
+    if log.writes:
+        save_params(params, file, dtype=jnp.bfloat16)
+    train.wait_for_all()
     return load_params(file, shapes)  # rounded, as whoever starts from the file has them
 
 
@@ -216,10 +218,10 @@ def report(
             name: evaluate(env, world.test_tasks, params, state.ref_params) for name, (env, params) in play_all.items()
         }
 
-    results = train.over_seeds(jax.tree_util.Partial(final, world), config.seed)(state)
+    results = train.fetch(train.over_seeds(jax.tree_util.Partial(final, world), config.seed)(state))
     hops = np.asarray(world.test_tasks.hops)
     summary: dict[str, Any] = {}
-    for name, (metrics, sampled) in jax.device_get(results).items():
+    for name, (metrics, sampled) in results.items():
         summary[name] = {
             "success": {str(n): metrics[f"success/{n}"] for n in config.hops},
             "kl": metrics["kl"],
@@ -229,7 +231,7 @@ def report(
         for n in config.hops:
             log.outcomes(f"{name}.success.{n}", sampled.rewards[..., hops == n])
     log.summary(summary | {"minutes": round((time.perf_counter() - log.opened) / 60, 2)})
-    if isinstance(config.seed, int):
+    if isinstance(config.seed, int) and log.writes:
         write_transcripts(log.workdir / "rollouts.jsonl", results["trained"][1], geography_tokenizer(), hops=hops)
     if config.steps:
         held_out = {f"eval/success/{n}": f"held-out success, hops: {n}" for n in config.hops}

@@ -292,7 +292,7 @@ def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> tuple[T
     start = jax.tree.map(lambda leaf, like: jnp.broadcast_to(leaf, like.shape), reference, trained)
     summary: dict[str, Any] = {}
     for name, policy in {"warm_start": start, "trained": trained}.items():
-        summary[name], rewards = jax.device_get(train.over_seeds(evaluate, config.seed)(policy))
+        summary[name], rewards = train.fetch(train.over_seeds(evaluate, config.seed)(policy))
         log.outcomes(f"{name}.success", rewards)
     curves = {"success": "eval/success", "train_success": "success", "train_tokens": "response_tokens"}
     curves |= {"entropy": "entropy", "grad_norm": "grad_norm"}

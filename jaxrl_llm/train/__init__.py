@@ -17,6 +17,7 @@ from jaxrl_llm.train.interrupts import Interrupted, StopRequests
 from jaxrl_llm.train.intervals import Interval, bootstrap_mean, judge
 from jaxrl_llm.train.logging import RunLog, WorkdirError, read_metrics, read_outcomes, read_summary
 from jaxrl_llm.train.loops import NonFiniteError, loop, over_seeds, stack_seeds
+from jaxrl_llm.train.processes import fetch, is_writer, start_processes, wait_for_all
 from jaxrl_llm.train.runs import Page, enable_compilation_cache, is_complete, run_page
 from jaxrl_llm.train.sharding import (
     batch_shardings,
@@ -62,12 +63,14 @@ __all__ = [
     "bootstrap_mean",
     "choose_arm",
     "enable_compilation_cache",
+    "fetch",
     "find_metric",
     "finished_steps",
     "flatten",
     "from_json",
     "init_state",
     "is_complete",
+    "is_writer",
     "judge",
     "learning_curves",
     "load_config",
@@ -92,9 +95,11 @@ __all__ = [
     "shard_batch",
     "shard_state",
     "stack_seeds",
+    "start_processes",
     "state_shardings",
     "summarize",
     "to_json",
     "use_mesh",
+    "wait_for_all",
     "write_table",
 ]

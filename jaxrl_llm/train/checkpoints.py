@@ -1,16 +1,25 @@
 """Checkpoints that are whole or not there: written by orbax in the background, checked against a digest when read.
 
 One folder a step, `<folder>/<step>`. It is written under a temporary name and renamed once its success marker is
-inside, so a process killed at any moment leaves no half checkpoint under a final name. Every array has a CRC-32 in the
-checkpoint's digest; what a disk or a copy spoilt afterwards is found at restore, and the checkpoint before is used.
+inside, so a process killed at any moment leaves no half checkpoint under a final name. With several processes each
+writes the parts of arrays that lie on its own devices, into one folder that all of them see; nothing is gathered. A
+checkpoint may be restored onto another mesh and by another number of processes or devices.
 
-Measured on two CPU cores with a 1M-parameter AdamW state (12 MB): the training thread pays 5 ms for a copy, the write
-takes 60 to 90 ms in the background, a restore 25 ms, importing orbax 0.3 s, paid at the first save or restore. A save
-every step therefore costs a short step as much as itself; every 10 to 50 steps it is lost in the noise.
+Every array has a digest, a sum over its elements of a hash of place and bits, which does not depend on how the array is
+divided. It is computed where the array lies, before it is written and again once it is back: what a disk or a copy
+spoilt in between is found, and the checkpoint before is used.
+
+A disk that is full ends the run: what is half written is removed, the checkpoints before stay, and `DiskFullError`
+names the folder and the bytes. The same command goes on from the newest of them once there is room.
+
+The training thread waits for one copy of its arrays; the rest happens behind it. Saves in every step of a short step
+would dominate it; every 10 to 50 steps they are lost in the noise.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 import threading
 import warnings
@@ -20,19 +29,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, Shaped, UInt32
+
+from jaxrl_llm.files import raise_if_full
+from jaxrl_llm.train.processes import all_agree, is_writer, largest
 
 _SAVING = threading.Lock()  # orbax mixes up two saves of one process; trainers in threads have one each
 MARKER = "commit_success.txt"  # orbax writes it before it renames the temporary folder
+PARTIAL = "*orbax-checkpoint-tmp*"
+NO_STEP = -1
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used: damaged, or of another structure than the state it should fill."""
+    """A checkpoint cannot be used (damaged, or of another structure than the state it should fill), or not written."""
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of one stage in `folder`. One process at a time, which must see all of every array.
+    """The newest `keep` checkpoints of one stage in `folder`. All processes of a run make one and call it alike.
 
     Raises:
       ValueError: `keep` below 1.
@@ -43,8 +58,10 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder = Path(folder).absolute()
         self.keep = keep
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._in_flight: Future[None] | None = None
+        self._writer: Any = None
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._in_flight: tuple[Path, int] | None = None  # and its bytes
+        self._committed: Future[None] | None = None
 
     def save(self, step: int, state: PyTree) -> None:
         """Starts writing `state`; returns once a copy of it is taken, so that its buffers may be donated.
@@ -52,24 +69,69 @@ class Checkpoints:
         At most one write is under way: a second save waits for the first.
 
         Raises:
-          whatever made the write before this one fail.
+          DiskFullError: there is no room for this one, or was none for the one before it.
+          CheckpointError: one of them could not be written for another reason.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
-        arrays = _to_host(state)
-        self._in_flight = self._writer.submit(self._write, step, arrays)
+        arrays = _by_path(state)
+        if self._writer is None:
+            self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._in_flight = self.folder / str(step), sum(array.nbytes for array in arrays.values())
+        try:
+            self._check_space()
+            digest = _sealed(_digest(arrays))
+            if jax.default_backend() == "cpu":  # where what orbax takes for a copy shares memory with the array
+                arrays = jax.tree.map(jnp.copy, arrays)
+            # Orbax refuses arrays without elements; their shape in the digest is all there is to know.
+            filled = {name: array for name, array in arrays.items() if array.size}
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(filled), digest=ocp.args.JsonSave(digest))
+            _SAVING.acquire()
+            try:
+                self._writer.save(self._in_flight[0], args, force=True)
+            except BaseException:
+                _SAVING.release()
+                raise
+            self._committed = self._background.submit(self._commit)
+        except Exception as error:
+            self._fail(error)
+
+    def _commit(self) -> None:
+        try:
+            self._writer.wait_until_finished()
+        finally:
+            _SAVING.release()
 
     def wait(self) -> None:
-        """Returns when no write is under way, and raises what the last one raised."""
-        future, self._in_flight = self._in_flight, None
-        if future is not None:
-            future.result()
+        """Returns when no write is under way, and the checkpoints beyond `keep` are deleted.
+
+        Raises:
+          DiskFullError, CheckpointError: the last write failed. What it left is removed.
+        """
+        if self._in_flight is None:
+            return
+        assert self._committed is not None
+        try:
+            self._committed.result()
+        except Exception as error:  # from OSError to what tensorstore makes of one
+            self._fail(error)
+        self._in_flight = None
+        if is_writer():
+            for old in finished_steps(self.folder)[: -self.keep]:
+                # Renamed first, so that a kill while deleting leaves no half checkpoint either.
+                doomed = (self.folder / str(old)).rename(self.folder / f"{old}.orbax-checkpoint-tmp-deleting")
+                shutil.rmtree(doomed, ignore_errors=True)
 
     def close(self) -> None:
         """Waits for the write under way and ends the background thread."""
         try:
             self.wait()
         finally:
-            self._writer.shutdown()
+            self._background.shutdown()
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                writer.close()
 
     def restore(self, template: PyTree) -> tuple[int, PyTree] | None:
         """The newest good checkpoint as `(step, state)`, or None where none was ever finished.
@@ -83,43 +145,60 @@ class Checkpoints:
           CheckpointError: checkpoints are there, but each is damaged; or a good one has another structure, shape or
             type.
         """
-        for leftover in self.folder.glob("*orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        steps = finished_steps(self.folder)
-        reasons = []
-        for step in reversed(steps):
+        if is_writer():
+            self._remove_partial()
+        wanted = _by_path(template)
+        reasons: list[str] = []
+        damaged: list[Path] = []
+        while (step := self._newest_before(int(damaged[-1].name) if damaged else None)) != NO_STEP:
+            path = self.folder / str(step)
             try:
-                arrays = read_arrays(self.folder / str(step))
-            except CheckpointError as error:
+                arrays = _restore(path, wanted)
+            except _Damaged as error:
+                damaged.append(path)
                 reasons.append(str(error))
                 warnings.warn(f"{error}; trying the one before", RuntimeWarning, stacklevel=2)
                 continue
-            for bad in steps[steps.index(step) + 1 :]:
-                _set_aside(self.folder / str(bad))
-            return step, _fill(template, arrays, self.folder / str(step))
-        if steps:
+            if is_writer():
+                for bad in damaged:
+                    shutil.rmtree(bad.with_name(f"{bad.name}.bad"), ignore_errors=True)
+                    bad.rename(bad.with_name(f"{bad.name}.bad"))
+            return step, jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in wanted])
+        if damaged:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} can be read: {'; '.join(reasons)}. "
                 "Delete the folder to start this stage again."
             )
         return None
 
-    def _write(self, step: int, arrays: dict[str, np.ndarray]) -> None:
-        import orbax.checkpoint as ocp
+    def _newest_before(self, bound: int | None) -> int:
+        """The newest finished step below `bound`, as process 0 sees it, or NO_STEP."""
+        steps = [step for step in finished_steps(self.folder) if bound is None or step < bound] if is_writer() else []
+        return int(largest(max(steps, default=NO_STEP)))
 
-        path = self.folder / str(step)
-        # Orbax refuses arrays without elements; their shape in the digest is all there is to know.
-        filled = {name: array for name, array in arrays.items() if array.size}
-        with _SAVING, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(
-                path,
-                ocp.args.Composite(state=ocp.args.PyTreeSave(filled), digest=ocp.args.JsonSave(_digest(arrays))),
-                force=True,
-            )
-        for old in finished_steps(self.folder)[: -self.keep]:
-            # Renamed first, so that a kill while deleting leaves no half checkpoint either.
-            doomed = (self.folder / str(old)).rename(self.folder / f"{old}.orbax-checkpoint-tmp-deleting")
-            shutil.rmtree(doomed, ignore_errors=True)
+    def _check_space(self) -> None:
+        assert self._in_flight is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.folder).free < self._in_flight[1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def _fail(self, error: Exception) -> None:
+        assert self._in_flight is not None
+        (path, needed), self._in_flight = self._in_flight, None
+        self._remove_partial()
+        raise_if_full(error, path, needed)
+        raise CheckpointError(
+            f"checkpoint {path} could not be written ({_describe(error)}). Those before it are as they were, and the "
+            "same command goes on from the newest"
+        ) from error
+
+    def _remove_partial(self) -> None:
+        for leftover in self.folder.glob(PARTIAL):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _Damaged(CheckpointError):
+    pass
 
 
 def finished_steps(folder: str | Path) -> list[int]:
@@ -131,89 +210,132 @@ def finished_steps(folder: str | Path) -> list[int]:
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of one checkpoint by the path of their leaf, verified against the digest.
+    """All arrays of one checkpoint by the path of their leaf, whole, verified against the digest. For one process.
 
     Raises:
       CheckpointError: something is missing, torn or different from what was written; the message names the folder.
     """
-    import orbax.checkpoint as ocp
+    return {name: np.asarray(array) for name, array in _restore(Path(path).absolute(), None).items()}
 
-    path = Path(path).absolute()
+
+def _restore(path: Path, wanted: dict[str, Any] | None) -> dict[str, Any]:
+    """The verified arrays of a checkpoint: where those of `wanted` lie, or NumPy arrays."""
+    digest, arrays, problem = {}, {}, ""
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                path, ocp.args.Composite(state=ocp.args.PyTreeRestore(), digest=ocp.args.JsonRestore())
-            )
-        digest, arrays = restored.digest, {name: np.asarray(array) for name, array in restored.state.items()}
-        for name, entry in digest.items():
-            if 0 in entry["shape"]:
-                arrays[name] = np.zeros(entry["shape"], np.dtype(entry["dtype"]))
-        found = _digest(arrays)
+        digest = _read_digest(path)
+    except Exception as error:
+        problem = _describe(error)
+    _agree(path, problem)
+    if wanted is not None:
+        _check_structure(path, digest, wanted)
+    try:
+        arrays = _read(path, digest, wanted)
     except Exception as error:  # Damage shows as any error, from JSON's to tensorstore's.
-        reason = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(f"checkpoint {path} is damaged ({type(error).__name__}: {reason})") from error
-    wrong = sorted(name for name in digest.keys() | found.keys() if digest.get(name) != found.get(name))
-    if wrong:
-        raise CheckpointError(f"checkpoint {path} is damaged (digest differs for {', '.join(wrong[:3])})")
+        problem = _describe(error)
+    _agree(path, problem)  # before the digests, which take all processes
+    found = _digest(arrays)
+    wrong = sorted(name for name in digest if digest[name] != found[name])
+    _agree(path, f"digest differs for {', '.join(wrong[:3])}" if wrong else "")
     return arrays
 
 
-def _to_host(state: PyTree) -> dict[str, np.ndarray]:
-    """Copies of all leaves by path. A view would not do: on a CPU it shares memory that the next step is given."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    for path, leaf in leaves:
-        if isinstance(leaf, jax.Array):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                raise ValueError(
-                    f"state{jax.tree_util.keystr(path)} is a typed random key; keep a seed and fold keys from it"
-                )
-            if not leaf.is_fully_addressable:
-                raise ValueError(
-                    f"state{jax.tree_util.keystr(path)} is spread over several processes; these checkpoints are "
-                    "written by one process that sees every array"
-                )
-    host = jax.device_get([leaf for _, leaf in leaves])
-    return {jax.tree_util.keystr(path): np.array(leaf) for (path, _), leaf in zip(leaves, host, strict=True)}
+def _agree(path: Path, problem: str) -> None:
+    if not all_agree(not problem):
+        raise _Damaged(f"checkpoint {path} is damaged ({problem or 'as another process says'})")
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _describe(error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {reason if len(reason) < 300 else f'{reason[:100]} ... {reason[-200:]}'}"
+
+
+def _read_digest(path: Path) -> dict[str, Any]:
+    sealed = json.loads((path / "digest" / "metadata").read_text())
+    if sealed != _sealed(sealed["arrays"]):
+        raise ValueError("the digest differs from its own checksum")
+    return sealed["arrays"]
+
+
+def _read(path: Path, digest: dict[str, Any], wanted: dict[str, Any] | None) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    # An array that was bound to no device must not be bound now: the step would be compiled a second time.
+    bound = {
+        name: leaf.sharding for name, leaf in (wanted or {}).items() if isinstance(leaf, jax.Array) and leaf.committed
+    }
+    filled = [name for name, entry in digest.items() if 0 not in entry["shape"]]
+    how = {
+        name: ocp.ArrayRestoreArgs(sharding=bound[name]) if name in bound else ocp.RestoreArgs(restore_type=np.ndarray)
+        for name in filled
+    }
+    # The handler, not a Checkpointer: that waits for all processes, and one that cannot read would never come.
+    args = ocp.args.PyTreeRestore(item=dict.fromkeys(filled, 0), restore_args=how)
+    restored = ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
+    arrays = {}
+    for name, entry in digest.items():
+        array = restored[name] if name in restored else np.zeros(entry["shape"], jnp.dtype(entry["dtype"]))
+        unplaced = wanted is not None and not isinstance(array, jax.Array)
+        arrays[name] = jax.device_put(array, bound.get(name)) if unplaced else array
+    return arrays
+
+
+def _by_path(state: PyTree) -> dict[str, Any]:
+    arrays = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path)
+        if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+            raise ValueError(f"state{name} is a typed random key; keep a seed and fold keys from it")
+        arrays[name] = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    return arrays
+
+
+def _digest(arrays: dict[str, Any]) -> dict[str, Any]:
+    # One after another: many programs with sums over simulated devices under way can wait for each other for ever.
     return {
-        name: {
-            "crc32": zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data) if array.size else 0,
-            "dtype": str(array.dtype),
-            "shape": list(array.shape),
-        }
+        name: {"digest": int(_sum_of_hashes(array)), "dtype": str(array.dtype), "shape": list(array.shape)}
         for name, array in arrays.items()
     }
 
 
-def _fill(template: PyTree, arrays: dict[str, np.ndarray], path: Path) -> PyTree:
-    leaves = jax.tree_util.tree_leaves_with_path(template)
-    wanted = {jax.tree_util.keystr(key): leaf for key, leaf in leaves}
-    problems = [f"state{name} is missing" for name in wanted if name not in arrays]
-    problems += [f"state{name} is not wanted" for name in arrays if name not in wanted]
-    for name in wanted.keys() & arrays.keys():
-        want, got = wanted[name], arrays[name]
-        if (want.shape, np.dtype(want.dtype)) != (got.shape, got.dtype):
-            problems.append(f"state{name} is {got.dtype}{list(got.shape)}, wanted {want.dtype}{list(want.shape)}")
+def _sealed(digest: dict[str, Any]) -> dict[str, Any]:
+    return {"arrays": digest, "crc32": zlib.crc32(json.dumps(digest, sort_keys=True).encode())}
+
+
+@jax.jit
+def _sum_of_hashes(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    """Over all elements, modulo 2^32. For each place the hash is one-to-one in the bits: no single change is missed.
+
+    The whole array is never flattened, so that with a sharded one each device sums its own part.
+    """
+    if array.dtype.itemsize > 4:
+        bits = jax.lax.bitcast_convert_type(array, jnp.uint32)  # two on a new last axis
+    elif jnp.issubdtype(array.dtype, jnp.floating):
+        bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    else:
+        bits = array.astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis in range(bits.ndim):
+        place = _mix(place + jnp.uint32(0x9E3779B9)) ^ jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(_mix(bits ^ _mix(place)), dtype=jnp.uint32)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The finalizer of MurmurHash3 (Appleby 2011), a one-to-one map."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _check_structure(path: Path, digest: dict[str, Any], wanted: dict[str, Any]) -> None:
+    problems = [f"state{name} is missing" for name in wanted if name not in digest]
+    problems += [f"state{name} is not wanted" for name in digest if name not in wanted]
+    for name in wanted.keys() & digest.keys():
+        want, got = wanted[name], digest[name]
+        if (list(want.shape), str(want.dtype)) != (got["shape"], got["dtype"]):
+            problems.append(f"state{name} is {got['dtype']}{got['shape']}, wanted {want.dtype}{list(want.shape)}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
             f"checkpoint {path} does not fit the state: {'; '.join(sorted(problems)[:5])}{more}. "
             "It was made by other code or settings: use another workdir."
         )
-
-    def put(name: str, leaf: Any) -> Any:
-        # An array that was bound to no device must not be bound now: the step would be compiled a second time.
-        if isinstance(leaf, jax.Array) and leaf.committed:
-            return jax.device_put(arrays[name], leaf.sharding)
-        return jax.device_put(arrays[name])
-
-    filled = [put(name, leaf) for name, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(template), filled)
-
-
-def _set_aside(path: Path) -> None:
-    target = path.with_name(f"{path.name}.bad")
-    shutil.rmtree(target, ignore_errors=True)
-    path.rename(target)

@@ -9,6 +9,11 @@ import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
+
+import jax
+
+from jaxrl_llm.train.processes import largest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -36,6 +41,13 @@ class StopRequests:
         self.received: int | None = None
         self._grace_seconds, self._newest = grace_seconds, newest
         self._timer: threading.Timer | None = None
+        self._asked: Any = 0
+
+    def agreed(self) -> int:
+        """The number of a signal that asked any of the processes to end, or 0: the same in all, which call it once a
+        step. With several processes it is what they had received by the call before, so that none waits for it."""
+        asked, self._asked = self._asked, largest(self.received or 0)
+        return int(self._asked if jax.process_count() == 1 else asked)
 
     def __enter__(self) -> StopRequests:
         self._active = threading.current_thread() is threading.main_thread()

@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxrl_llm.files import append_whole, write_atomically
 from jaxrl_llm.train.config import config_difference, to_json
+from jaxrl_llm.train.processes import all_agree, is_writer
 from jaxrl_llm.train.tensorboard import EventFile
 from jaxrl_llm.types import Metrics
 
@@ -50,10 +51,11 @@ class WorkdirError(ValueError):
 
 
 class RunLog:
-    """The record of one run in `workdir`, held by one process at a time.
+    """The record of one run in `workdir`, held by one process at a time, or by those of one `jax.distributed` run: of
+    them process 0 writes, and for the others `writes` is false and all that would write does nothing.
 
     Args:
-      workdir: made if absent. If it holds a run already, that run goes on; its config must be equal.
+      workdir: made if absent. If it holds a run already, that run goes on; its config must be equal but for `mesh`.
       config: an ml_collections ConfigDict or a mapping. The training loop reads its settings from here.
       quiet: no progress on the screen.
 
@@ -68,26 +70,40 @@ class RunLog:
         self.quiet = quiet
         self.steps_done = 0  # by this process, over all stages
         self.opened = time.perf_counter()
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.workdir)
-        try:
-            self._check_config()
-        except BaseException:
-            self._lock.close()
-            raise
+        self.writes = is_writer()
         self._metrics_path = self.workdir / "metrics.jsonl"
-        drop_torn_line(self._metrics_path)
-        self._lines = self._metrics_path.open("ab", buffering=0)
+        problem = self._open() if self.writes else None
+        if not all_agree(problem is None):
+            raise problem or WorkdirError(f"process 0 cannot use {self.workdir}; it says why")
         self._writers: dict[str, EventFile] = {}
         self._purge_step = 0  # TensorBoard drops what an earlier process wrote from this step on
         self._progress: _Progress | None = None
+
+    def _open(self) -> WorkdirError | None:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = _lock(self.workdir)
+        except WorkdirError as error:
+            return error
+        try:
+            self._check_config()
+        except WorkdirError as error:
+            self._lock.close()
+            return error
+        drop_torn_line(self._metrics_path)
+        self._lines = self._metrics_path.open("ab", buffering=0)
+        return None
 
     def _check_config(self) -> None:
         path = self.workdir / "config.json"
         if not path.exists():
             write_atomically(path, to_json(self.config) + "\n")
             return
-        differences = config_difference(json.loads(path.read_text()), self.config)
+        differences = [
+            line
+            for line in config_difference(json.loads(path.read_text()), self.config)
+            if not line.startswith("mesh.")  # a run may go on with more devices or fewer
+        ]
         if differences:
             raise WorkdirError(
                 f"{self.workdir} holds a run of another config; use another --workdir, or delete that one. "
@@ -101,6 +117,8 @@ class RunLog:
 
         Lines of other stages stay. Stages stand in the order in which they first appeared.
         """
+        if not self.writes:
+            return
         self._lines.close()
         lines = [line for line in read_metrics(self.workdir) if line["stage"] != stage or line["step"] <= step]
         order = {name: index for index, name in enumerate(dict.fromkeys(line["stage"] for line in lines))}
@@ -115,6 +133,8 @@ class RunLog:
 
     def metrics(self, stage: str, step: int, values: Mapping[str, Any], seed: int | None = None) -> None:
         """Appends one line. Values are scalars; what is not finite is written as null."""
+        if not self.writes:
+            return
         head = {"stage": stage, "step": step} | ({} if seed is None else {"seed": seed})
         line: dict[str, Any] = head | {name: _scalar(name, value) for name, value in values.items()}
         append_whole(self._lines.fileno(), self._metrics_path, (_dump(line) + "\n").encode())
@@ -136,6 +156,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Puts all lines so far on the disk, before a checkpoint of the same step may be."""
+        if not self.writes:
+            return
         os.fsync(self._lines.fileno())
         for writer in self._writers.values():
             writer.flush()
@@ -165,6 +187,8 @@ class RunLog:
 
         A run of several seeds at once gives each metric as a list in the order of `config.seed`.
         """
+        if not self.writes:
+            return
         path = self.workdir / "summary.json"
         merged = (read_summary(self.workdir) or {}) | _plain(values)
         write_atomically(path, json.dumps(merged, indent=2, allow_nan=False) + "\n")
@@ -182,6 +206,8 @@ class RunLog:
         array = np.asarray(values, np.float64)
         if array.ndim not in (1, 2) or not np.all(np.isfinite(array)):
             raise ValueError(f"outcomes {name!r} must be finite numbers [N] or [seeds, N], got shape {array.shape}")
+        if not self.writes:
+            return
         folder = self.workdir / "outcomes"
         folder.mkdir(exist_ok=True)
         content = io.BytesIO()
@@ -190,19 +216,19 @@ class RunLog:
 
     def figure(self, name: str, figure: Any) -> Path:
         """Saves a matplotlib figure as `figures/<name>.png` and returns the path."""
-        folder = self.workdir / "figures"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{_file_name(name)}.png"
-        content = io.BytesIO()
-        figure.savefig(content, dpi=150, bbox_inches="tight")
-        write_atomically(path, content.getvalue())
+        path = self.workdir / "figures" / f"{_file_name(name)}.png"
+        if self.writes:
+            path.parent.mkdir(exist_ok=True)
+            content = io.BytesIO()
+            figure.savefig(content, dpi=150, bbox_inches="tight")
+            write_atomically(path, content.getvalue())
         return path
 
     def info(self, text: str) -> None:
         """Prints a line without tearing the progress line."""
         if self._progress is not None:
             self._progress.print(text)
-        elif not self.quiet:
+        elif self.writes and not self.quiet:
             print(text, flush=True)
 
     def close(self) -> None:
@@ -210,6 +236,8 @@ class RunLog:
         if self._progress is not None:
             self._progress.close()
             self._progress = None
+        if not self.writes:
+            return
         self._lines.close()
         self._lock.close()
         writers, self._writers = self._writers, {}

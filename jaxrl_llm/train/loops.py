@@ -84,6 +84,7 @@ def loop(
     log: RunLog,
     stage: str = "train",
     batch: Callable[[int], PyTree] | None = None,
+    own_rows: bool = False,
     previous: PyTree | None = None,
     evaluate: Callable[[TrainState], Metrics] | None = None,
     evaluate_every: int | None = None,
@@ -111,6 +112,7 @@ def loop(
       steps: iterations of this stage.
       batch: `batch(step)`, numpy arrays for the iteration after `step` finished ones, a pure function of (seed, step).
         With several seeds its arrays have the seeds' axis in front: see `stack_seeds`.
+      own_rows: with several processes, `batch` gives each its own part of the rows: see `shard_batch`.
       previous: what `init` starts from, such as the state that an earlier stage returned; with the seeds' axis if there
         is one.
       evaluate: `evaluate(state) -> metrics`; pure.
@@ -176,7 +178,7 @@ def loop(
     def next_batch(step: int) -> tuple:
         if batch is None:
             return ()
-        return (batch(step) if isinstance(seed, tuple) else shard_batch(batch(step)),)
+        return (batch(step) if isinstance(seed, tuple) else shard_batch(batch(step), own_rows=own_rows),)
 
     def save(step: int, state: TrainState) -> None:
         log.sync()
@@ -200,6 +202,7 @@ def loop(
                     save(0, state)
             if publish is not None:
                 publish(step, state)
+            signal = 0
             if step < steps:
                 upcoming = next_batch(step)
                 _check_iteration(run_iteration, state, upcoming)
@@ -212,8 +215,8 @@ def loop(
                 if publish is not None:
                     publish(step, state)
                 pending.append((step, metrics, run_evaluate(state) if run_evaluate and evaluation_due(step) else {}))
-                stopping = stop.received is not None
-                save_now = step % checkpoint_every == 0 or step == steps or stopping
+                signal = stop.agreed()
+                save_now = step % checkpoint_every == 0 or step == steps or signal != 0
                 # One step stays in flight, so that the device never waits for the host to log. Before a checkpoint
                 # all lines are written: the record is never behind the state that a resumed run starts from. Nor is
                 # anything left in flight while updates fail, so that the run ends at the step that is one too many.
@@ -226,16 +229,17 @@ def loop(
                 if failed:
                     checkpoints.wait()
                     raise _too_many_skipped(stage, step, recorder.skipped_in_row, recorder.bad, checkpoints)
-                if stopping:
+                if signal:
                     break
                 if step < steps:
                     upcoming = next_batch(step)
             watchdog.expect("end", f"{stage}: the write of its last checkpoint")
             checkpoints.wait()
-            if stop.received is not None:
+            signal = signal or stop.agreed()
+            if signal:
                 log.end_stage()
                 log.info(f"{stage}: stopped after step {step} of {steps}, saved; the same command goes on from there")
-                raise Interrupted(128 + stop.received)
+                raise Interrupted(128 + signal)
     finally:
         try:
             log.end_stage()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 
 from jaxrl_llm.train.logging import RunLog, read_metrics, read_summary
+from jaxrl_llm.train.processes import wait_for_all
 from jaxrl_llm.train.sharding import use_mesh
 
 
@@ -42,6 +43,7 @@ def run_page(page: Page, config: Any, workdir: str | Path, *, quiet: bool = Fals
             return summary or {}
         with use_mesh(config):
             page.run(config, log)
+        wait_for_all()  # process 0 has written what the others may now read
         if read_summary(workdir) is None:
             done = f"{log.steps_done} steps were done" if log.steps_done else "no step was left to do"
             raise RuntimeError(
@@ -61,6 +63,7 @@ def run_page(page: Page, config: Any, workdir: str | Path, *, quiet: bool = Fals
                 }
             }
         )
+        wait_for_all()
         return read_summary(workdir) or {}
 
 

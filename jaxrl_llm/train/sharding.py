@@ -106,13 +106,15 @@ def batch_shardings(batch: PyTree, mesh: Mesh | Any) -> PyTree:
 
 
 def use_mesh(config: Any) -> contextlib.AbstractContextManager:
-    """`jax.set_mesh` of the mesh that `config.mesh` describes; nothing where its axes are all 1, or there is no entry.
+    """`jax.set_mesh` of the mesh that `config.mesh` describes; nothing where its axes are all 1, or there is no entry,
+    unless there are several processes.
 
     Raises:
       ValueError: as `make_mesh`.
     """
     sizes = dict(config.get("mesh") or {})
-    return contextlib.nullcontext() if set(sizes.values()) <= {1} else jax.set_mesh(make_mesh(sizes))
+    alone = set(sizes.values()) <= {1} and jax.process_count() == 1
+    return contextlib.nullcontext() if alone else jax.set_mesh(make_mesh(sizes))
 
 
 def shard_state(state: Tree, mesh: Mesh | None = None) -> Tree:
@@ -121,10 +123,34 @@ def shard_state(state: Tree, mesh: Mesh | None = None) -> Tree:
     return state if mesh.empty else jax.device_put(state, state_shardings(state, mesh))
 
 
-def shard_batch(batch: Tree, mesh: Mesh | None = None) -> Tree:
-    """The batch with every array where `batch_shardings` wants it; by default on the current mesh, if there is one."""
+def shard_batch(batch: Tree, mesh: Mesh | None = None, *, own_rows: bool = False) -> Tree:
+    """The batch with every array where `batch_shardings` wants it; by default on the current mesh, if there is one.
+
+    Args:
+      own_rows: with several processes, each has an equal part of the rows, in the order of processes (as
+        `data.next_batch` gives them). Else each has the whole batch, and takes of it what its devices need.
+
+    Raises:
+      ValueError: rows or places do not divide; with `own_rows`, also the processes are not all along axes of rows.
+    """
     mesh = mesh or jax.sharding.get_mesh()
-    return batch if mesh.empty else jax.device_put(batch, batch_shardings(batch, mesh))
+    if mesh.empty:
+        return batch
+    if jax.process_count() == 1:
+        return jax.device_put(batch, batch_shardings(batch, mesh))
+    parts = jax.process_count() if own_rows else 1
+
+    def whole(leaf: Any) -> jax.ShapeDtypeStruct:
+        rows = [parts * size for size in np.shape(leaf)[:1]]
+        return jax.ShapeDtypeStruct((*rows, *np.shape(leaf)[1:]), leaf.dtype)
+
+    def place(leaf: Any, shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+        if own_rows:
+            return jax.make_array_from_process_local_data(sharding, leaf, shape.shape)
+        return jax.make_array_from_callback(shape.shape, sharding, lambda index: leaf[index])
+
+    shapes = jax.tree.map(whole, batch)
+    return jax.tree.map(place, batch, shapes, batch_shardings(shapes, mesh))
 
 
 def constrain_state(state: Tree) -> Tree:

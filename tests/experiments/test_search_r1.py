@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.kill_resume import final_arrays, start
 from configs.agentic_search.search_r1 import get_config
+from experiments import export
 from experiments.agentic_search import _geography, search_r1
-from jaxrl_llm import train
+from jaxrl_llm import models, train
 from jaxrl_llm.train.config import override
+from tests.train.test_kill import start_two
 
 
 def config_of(arm="tiny", **overrides):
@@ -61,6 +64,31 @@ def test_run(tmp_path):
         summary["trained"]["success"]["2"]
     )
     assert (tmp_path / "run" / "figures" / "learning_curve.png").stat().st_size > 10_000
+
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'policy'}"]) == 0
+    exported = models.load(tmp_path / "policy")
+    trained = export.read_policy(tmp_path / "run" / "checkpoints" / "train" / "3")
+    jax.tree.map(np.testing.assert_array_equal, exported.params, trained)
+    assert json.loads((tmp_path / "policy" / "config.json").read_text())["model_type"] == "qwen2"
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'other'}", "--step=1"]) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_parameters_of_one(tmp_path):
+    overrides = {"mesh.data": "2"}
+    assert start("search_r1:tiny", {}, tmp_path / "one").wait() == 0
+    processes = start_two("search_r1:tiny", overrides, tmp_path / "two")
+    assert [process.wait() for process in processes] == [0, 0], (tmp_path / "two.log").read_text()
+    lines = [train.read_metrics(tmp_path / name) for name in ("one", "two")]
+    for one, two in zip(*lines, strict=True):
+        for name in ("reward", "turns", "tokens", "eval/success"):  # the very same episodes
+            assert one.get(name) == two.get(name)
+    expected, got = final_arrays(tmp_path / "one"), final_arrays(tmp_path / "two")
+    assert expected.keys() == got.keys()
+    for name, array in expected.items():
+        # Adam moves a parameter by its rate, here 6e-4 in all, whatever the size of its gradient: where that is near
+        # 0 the rounding of float32 sums in another order shows. 2e-5 was seen.
+        np.testing.assert_allclose(got[name], array, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("arm", [name for name in search_r1.TABLES["main"].arms if name not in ("grpo", "warm_start")])

@@ -30,6 +30,8 @@ def get_config(arm="small"):
         "keep_checkpoints": 2,
         "max_skipped_in_row": 3,
         "sleep": 0.0,
+        "mesh": {"data": 1, "fsdp": 1},
+        "own_rows": False,  # of several processes each draws its own part of a batch
         "nan_from": None,  # steps from which on the loss is NaN
         "optimizer": train.optimizer_config(0.05, warmup_updates=3, schedule="cosine"),
     }
@@ -82,11 +84,20 @@ def run(config, log):
 
     def batch(step):
         time.sleep(config.sleep)
-        draw = lambda seed: {"actions": np.random.default_rng((seed, step)).integers(3, size=32)}  # noqa: E731
+        parts = (jax.process_index(), jax.process_count()) if config.own_rows else (0, 1)
+        own = slice(parts[0] * 32 // parts[1], (parts[0] + 1) * 32 // parts[1])
+        draw = lambda seed: {"actions": np.random.default_rng((seed, step)).integers(3, size=32)[own]}  # noqa: E731
         return train.stack_seeds(config.seed, draw)
 
     warm = train.loop(
-        init, imitate, steps=config.warm_steps, log=log, stage="warm_start", batch=batch, evaluate=evaluate
+        init,
+        imitate,
+        steps=config.warm_steps,
+        log=log,
+        stage="warm_start",
+        batch=batch,
+        own_rows=config.own_rows,
+        evaluate=evaluate,
     )
     state = train.loop(
         lambda seed, warm: train.init_state(warm.params, optimizer, seed, ref_params=warm.params),

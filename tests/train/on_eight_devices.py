@@ -292,7 +292,29 @@ def test_sampled_tokens_equal_those_of_one_device(name, mesh):
     assert_close((sampled.logprobs, own), (expected.logprobs, scored))
 
 
-# --------------------------------------------------------------------------------------------------------------- loop
+# -------------------------------------------------------------------------------------------- checkpoints and the loop
+
+
+def test_a_checkpoint_goes_from_eight_devices_to_four_to_one(tmp_path):
+    model, tokens = MODELS["dense"], make_batch()["tokens"]
+    logits = jax.jit(lambda state: model.logits(state.params, tokens))
+    state = on_one_device("dense")[0]
+    expected = np.asarray(logits(state))
+    for step, sizes in enumerate([{"fsdp": 4, "tensor": 2}, {"data": 2, "tensor": 2}, {}]):
+        mesh = train.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values()), dtype=int))])
+        template = train.shard_state(jax.tree.map(jnp.zeros_like, state), mesh)
+        checkpoints = train.Checkpoints(tmp_path)
+        if step:
+            found, state = checkpoints.restore(template)
+            assert found == step
+            assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, template)
+            with jax.set_mesh(mesh):
+                np.testing.assert_allclose(logits(state), expected, atol=TOLERANCE)
+        else:
+            state = train.shard_state(state, mesh)
+        checkpoints.save(step + 1, state)
+        checkpoints.close()
+    np.testing.assert_array_equal(logits(state), expected)  # one device again, and the same program
 
 
 def run_loop(folder, mesh, seed, steps=2):

@@ -1,7 +1,9 @@
 """Checkpoints: exact, checked, the one before when the newest is damaged."""
 
 import json
+import resource
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxrl_llm.files import DiskFullError
 from jaxrl_llm.train import Checkpoints, init_state, make_optimizer, optimizer_config
 from jaxrl_llm.train.checkpoints import CheckpointError, finished_steps, read_arrays
 
@@ -86,7 +89,7 @@ def delete_the_digest(path):
 def change_the_digest(path):
     file = path / "digest" / "metadata"
     digest = json.loads(file.read_text())
-    digest[".params['w']"]["crc32"] ^= 1
+    digest["arrays"][".params['w']"]["digest"] ^= 1
     file.write_text(json.dumps(digest))
 
 
@@ -139,6 +142,31 @@ def test_another_structure_is_an_error_that_names_leaves(tmp_path):
 def test_a_failed_write_is_raised_at_the_next_call(tmp_path):
     (tmp_path / "file").write_text("")
     checkpoints = Checkpoints(tmp_path / "file")
-    checkpoints.save(1, {"w": jnp.zeros(2)})
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match=f"checkpoint {tmp_path}/file/1 could not be written"):
+        checkpoints.save(1, {"w": jnp.zeros(2)})
         checkpoints.close()
+
+
+@pytest.mark.parametrize("found", ["before", "behind"])
+def test_a_full_disk_is_named_and_leaves_what_was_saved(tmp_path, monkeypatch, found):
+    """There is too little room to begin with, or it turns out so in the background."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(2, make_state())
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        if found == "before":
+            patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1234))
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            with pytest.raises(DiskFullError, match=r"4 could not be written .* takes [\d,]+ bytes.*are free"):
+                checkpoints.save(4, make_state())
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    checkpoints.save(6, make_state(6))
+    checkpoints.close()
+    assert finished_steps(tmp_path) == [6]
+    assert_same(Checkpoints(tmp_path).restore(make_state())[1], make_state(6))

@@ -8,6 +8,7 @@ import experiments
 from experiments import list as list_command
 from experiments import run as run_command
 from experiments import sweep as sweep_command
+from jaxrl_llm import train
 
 PAGE = "tests/train/bandit_page.py"
 
@@ -39,12 +40,19 @@ def test_run_and_run_again(tmp_path, capsys):
         (["--config=nothing_of_that_name"], "no page has the slug 'nothing_of_that_name'"),
         (["--config=configs/agentic_search/nothing.py"], "no file"),
         ([f"--config={PAGE}", "--config.steps", "3"], "with an equals sign"),
+        ([f"--config={PAGE}", "--processes=2", "--process=1"], "coordinator must be host:port"),
+        ([f"--config={PAGE}", "--coordinator=localhost:1", "--processes=2", "--process=2"], "process=2 of processes=2"),
     ],
 )
 def test_bad_arguments_are_said_and_nothing_is_made(arguments, words, tmp_path, capsys):
     assert run_command.main([*arguments, f"--workdir={tmp_path / 'x'}"]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_coordinator_that_does_not_answer_is_named():
+    with pytest.raises(TimeoutError, match="the coordinator localhost:1 did not answer within 0.3 s"):
+        train.start_processes("localhost:1", 2, 1, timeout=0.3)
 
 
 def test_a_run_that_diverges_ends_with_its_reason(tmp_path, capsys):

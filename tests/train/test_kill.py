@@ -1,19 +1,21 @@
 """Real processes that are killed or asked to stop, and started again."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks.kill_resume import count_lines, differences, kill_when, start
+from benchmarks.kill_resume import count_lines, differences, final_arrays, kill_when, start
 from jaxrl_llm.train import finished_steps, read_metrics
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "tests/train/bandit_page.py"
-OVERRIDES = {"steps": "12", "sleep": "0.03", "checkpoint_every": "2"}
+OVERRIDES = {"steps": "12", "sleep": "0.03", "checkpoint_every": "2", "own_rows": "True"}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,35 @@ def test_a_signal_finishes_the_step_and_saves(whole, tmp_path, number, code):
     if number == signal.SIGTERM:
         assert start(CONFIG, OVERRIDES, workdir).wait() == 0
         assert differences(whole, workdir) == []
+
+
+def start_two(config, overrides, workdir):
+    """One run by two processes, each with one device."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        at = f"--coordinator=localhost:{free.getsockname()[1]}"
+    return [start(config, overrides, workdir, at, "--processes=2", f"--process={index}") for index in range(2)]
+
+
+def test_two_processes_stop_at_one_step_and_one_goes_on(whole, tmp_path):
+    """The state lies in both, a signal comes to the one that writes no record; then a single device takes over."""
+    workdir = tmp_path / "run"
+    processes = start_two(CONFIG, OVERRIDES | {"mesh.fsdp": "2"}, workdir)
+    while count_lines(workdir) < 8 and processes[1].poll() is None:
+        time.sleep(0.005)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [143, 143], (tmp_path / "run.log").read_text()
+    step = finished_steps(workdir / "checkpoints" / "train")[-1]
+    assert read_metrics(workdir)[-1]["step"] == step < 12
+    state = workdir / "checkpoints" / "train" / str(step) / "state"
+    assert all(any((state / f"ocdbt.process_{index}" / "d").iterdir()) for index in range(2)), "each wrote its part"
+    assert start(CONFIG, OVERRIDES, workdir).wait() == 0, (tmp_path / "run.log").read_text()
+    assert count_lines(workdir) == count_lines(whole)
+    expected, got = final_arrays(whole), final_arrays(workdir)
+    assert expected.keys() == got.keys()
+    for name, array in expected.items():
+        # float32: sums over the halves of 32 rows come out in another order, then 16 updates of Adam at rate 0.05
+        np.testing.assert_allclose(got[name], array, atol=1e-4, err_msg=name)
 
 
 def test_the_second_ctrl_c_ends_at_once():
