@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxrl_kernels import decode_attention, flash_attention, ring_attention
+from jaxrl_kernels import cache_write, decode_attention, flash_attention, ring_attention
 from jaxrl_kernels.mesh import mesh_axes, split
 from jaxrl_llm.models.decoder_config import DecoderConfig
 from jaxrl_llm.models.rotary import rotate
@@ -23,7 +23,7 @@ from jaxrl_llm.models.rotary import rotate
 # those of its repetitions on an axis behind the first, [B, L, KV, D, S]; attention is told of which it is as "layer".
 Cache = list[dict[str, Float[Array, "B KV _ _"]]]
 
-FEW = 16  # so many new tokens read the cache as a decode step does; more are worth blocks of queries
+FEW = 16  # so many new tokens use the cache as a decode step does; more are worth blocks of queries
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -55,7 +55,10 @@ def write_cache(
     values: Float[Array, "B T KV D"],
     positions: Int[Array, "B T"],
 ) -> dict[str, Float[Array, "B KV _ _"]]:
-    """The cache of a layer with new entries at their positions; position -1 marks padding, which is not written."""
+    """The cache of a layer with new entries at their positions; position -1 marks padding, which is not written.
+
+    Heads may lie on several axes (those of a stack of layers, all of which are written).
+    """
     size = cache["values"].shape[-2]
     rows, slots = jnp.arange(positions.shape[0])[:, None], positions
     if "page_table" in cache:
@@ -63,10 +66,13 @@ def write_cache(
         slots = positions % size
     # the index of padding lies behind the end, where a write is dropped
     slots = jnp.where(positions >= 0, slots, size)
-    where = (rows, cache["layer"]) if "layer" in cache else (rows,)
+    if positions.shape[1] <= FEW and keys.ndim == 4:
+        rows = jnp.broadcast_to(rows, slots.shape)
+        written = cache_write(cache["keys"], cache["values"], keys, values, rows, slots)
+        return cache | dict(zip(("keys", "values"), written, strict=True))
     return cache | {
-        "keys": cache["keys"].at[*where, ..., slots].set(keys.astype(cache["keys"].dtype), mode="drop"),
-        "values": cache["values"].at[*where, ..., slots, :].set(values.astype(cache["values"].dtype), mode="drop"),
+        "keys": cache["keys"].at[rows, ..., slots].set(keys.astype(cache["keys"].dtype), mode="drop"),
+        "values": cache["values"].at[rows, ..., slots, :].set(values.astype(cache["values"].dtype), mode="drop"),
     }
 
 
@@ -83,8 +89,6 @@ def attend_to_cache(
 
     What an earlier sequence left behind in a row has a position that is still to come, so it is never seen.
     """
-    if "layer" in cache:
-        cache = _pages_of_layer(cache)
     options: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
     if queries.shape[1] <= FEW:
         options |= {"positions": positions, "page_table": cache.get("page_table")}
@@ -100,12 +104,27 @@ def attend_to_cache(
     return flash_attention(queries, keys.astype(dtype), values.astype(dtype), positions=(positions, places), **options)
 
 
-def _pages_of_layer(cache: dict[str, Any]) -> dict[str, Any]:
-    """The one layer of a stack as pages of the whole: to cut it out would copy it at every step."""
-    batch, layers = cache["keys"].shape[:2]
-    table = jnp.clip(cache["page_table"], 0, batch - 1) if "page_table" in cache else jnp.arange(batch)[:, None]
-    pages = {name: cache[name].reshape(-1, *cache[name].shape[2:]) for name in ("keys", "values")}
-    return pages | {"page_table": table * layers + cache["layer"]}
+def _take_layer(cache: dict[str, Any], few: bool) -> dict[str, Any]:
+    """The cache of one layer of a stack. For a few tokens these are pages of the whole stack, as it would be a copy of
+    the layer at every step to cut it out."""
+    if "layer" not in cache:
+        return cache
+    parts, layer = {name: cache[name] for name in ("keys", "values")}, cache["layer"]
+    if not few:
+        rest = {name: x for name, x in cache.items() if name == "page_table"}
+        return {name: jax.lax.dynamic_index_in_dim(x, layer, 1, keepdims=False) for name, x in parts.items()} | rest
+    rows, layers = cache["keys"].shape[:2]
+    table = jnp.minimum(cache["page_table"], rows) if "page_table" in cache else jnp.arange(rows)[:, None]
+    pages = {name: x.reshape(-1, *x.shape[2:]) for name, x in parts.items()}
+    return pages | {"page_table": table * layers + layer}
+
+
+def _put_layer(cache: dict[str, Any], own: dict[str, Any], few: bool) -> dict[str, Any]:
+    """The cache with what `_take_layer` gave of it as it is now."""
+    if few or "layer" not in cache:
+        return cache | {name: own[name].reshape(cache[name].shape) for name in ("keys", "values")}
+    put = jax.lax.dynamic_update_index_in_dim
+    return cache | {name: put(cache[name], own[name], cache["layer"], 1) for name in ("keys", "values")}
 
 
 def _side_by_side(pages: Float[Array, "B M *shape"], axis: int) -> Float[Array, "B *joined"]:
@@ -163,8 +182,9 @@ class Attention(nnx.Module):
         else:
 
             def write_and_attend(queries, keys, values, cache, positions):
-                cache = write_cache(cache, keys, values, positions)
-                return attend_to_cache(queries, cache, positions, **options), cache
+                few = positions.shape[1] <= FEW
+                own = write_cache(_take_layer(cache, few), keys, values, positions)
+                return attend_to_cache(queries, own, positions, **options), _put_layer(cache, own, few)
 
             parts = P(rows, None, heads)
             layers = (None,) * ("layer" in cache)

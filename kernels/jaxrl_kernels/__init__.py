@@ -3,6 +3,7 @@ kernels/README.md what each does."""
 
 from jaxrl_kernels.attention import flash_attention
 from jaxrl_kernels.attention_ring import ring_attention
+from jaxrl_kernels.cache_write import cache_write
 from jaxrl_kernels.decode_attention import decode_attention
 from jaxrl_kernels.logprob import fused_logprob, fused_top_k, soft_cap
 from jaxrl_kernels.logprob_filtered import filtered_logprob
@@ -11,6 +12,7 @@ from jaxrl_kernels.sampling import filter_logits, sample_tokens
 from jaxrl_kernels.scan import discounted_scan
 
 __all__ = [
+    "cache_write",
     "decode_attention",
     "discounted_scan",
     "filter_logits",

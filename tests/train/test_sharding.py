@@ -51,6 +51,20 @@ def test_parameters_of_a_decoder():
         assert leaf.ndim < 2 or set(spec) == {"fsdp", "tensor"}, path
 
 
+def test_layers_of_a_stack_are_divided_as_alone():
+    """Parameters and the optimizer's state: each device has its part of every layer."""
+    optimizer = optax.adamw(1e-3)
+
+    def found(scan_layers):
+        model = make_decoder(dataclasses.replace(EXPERTS.config, num_layers=2, scan_layers=scan_layers))
+        return specs(lambda: train.init_state(model.init(jax.random.key(0)), optimizer, 0))
+
+    alone, stacked = found(False), found(True)
+    assert "params.layers.0.experts.gate" in stacked and "params.layers.1.experts.gate" not in stacked
+    for name, spec in stacked.items():
+        assert spec == (P(None, *alone[name]) if ".layers." in name and alone[name] else alone[name]), name
+
+
 def test_experts_adapters_and_heads():
     found = specs(lambda: EXPERTS.init(jax.random.key(0)))
     assert found["layers.0.experts.gate"] == P("expert", "fsdp", "tensor")
