@@ -99,16 +99,21 @@ def make_sample(config: ConfigDict) -> distributed.Sampler:
 
 
 def spoil(config: ConfigDict, update: Callable[..., Any]) -> Callable[..., Any]:
-    """The update with the log-probs of a whole step turned into NaN every `nan_every` steps."""
+    """The update with a reference policy of NaN, and so a loss and gradients of NaN, every `nan_every` steps."""
 
     def spoilt(state: TrainState, samples: tuple[Rollout, jax.Array, jax.Array]) -> tuple[TrainState, Metrics]:
         rollout, hops, calls = samples
-        if config.faults.nan_every:
-            bad = state.step % config.faults.nan_every == config.faults.nan_every // 2
-            rollout = dataclasses.replace(rollout, logprobs=jnp.where(bad, jnp.nan, rollout.logprobs))
-        state, metrics = update(state, (rollout, hops))
+        reference = given = state.ref_params
+        if every := config.faults.nan_every:
+            bad = state.step % every == every // 2
+            given = jax.tree.map(lambda leaf: jnp.where(bad, jnp.nan, leaf), reference)
+        state, metrics = update(dataclasses.replace(state, ref_params=given), (rollout, hops))
         attempts, failed = jnp.sum(calls, axis=0)
-        return state, {**metrics, "call_attempts": attempts, "calls_failed": failed}
+        return dataclasses.replace(state, ref_params=reference), {
+            **metrics,
+            "call_attempts": attempts,
+            "calls_failed": failed,
+        }
 
     return spoilt
 
