@@ -87,6 +87,7 @@ setup(
         "distributed": ["ray>=2.60"],  # jaxrl_llm.distributed in several processes
         "gpu": ["jax[cuda13]"],  # needs an NVIDIA driver from 580 on; for an older one install jax[cuda12] by hand
         "tpu": ["jax[tpu]"],
+        "plan": ["libtpu==0.0.52"],  # compiles for TPUs on a machine without one: python -m experiments.plan
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -34,6 +34,8 @@ def get_config(arm: str = "small") -> ConfigDict:
             "ffn_width": 512,
             "rope_theta": 100.0,
             "attention_bias": True,
+            "remat": "none",  # full: layers are computed again in the backward pass
+            "scan_layers": False,
         },
         "decoding": {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0},
         "max_length": 112,
@@ -97,6 +99,8 @@ def get_config(arm: str = "small") -> ConfigDict:
             "model.num_heads": 16,
             "model.num_kv_heads": 2,
             "model.ffn_width": 11008,
+            "model.remat": "full",
+            "model.scan_layers": True,
             "max_length": 4096,
             "max_turn_tokens": 500,
             "max_searches": 4,
@@ -107,7 +111,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "prompts": 512,
             "group_size": 5,
             "mini_batches": 2,
-            "micro_batches": 64,
+            "micro_batches": 4,  # of 320 rows, a group for each of 64 chips
             "optimizer.learning_rate": 1e-6,
             "optimizer.warmup_updates": 573,
             "critic_optimizer.learning_rate": 1e-5,

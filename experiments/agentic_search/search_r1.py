@@ -190,6 +190,36 @@ def make_optimizers(config: ConfigDict) -> optax.GradientTransformation:
     return optax.partition({"policy": policy, "critic": critic}, lambda params: {name: name for name in params})
 
 
+def make_init(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation) -> Callable[..., TrainState]:
+    """`init(reference, seed) -> state`: the policy, and a critic for PPO, start from the reference."""
+
+    def init(reference: Params, seed: jax.Array) -> TrainState:
+        params = {"policy": reference}
+        if config.algorithm == "ppo":
+            params["critic"] = {"decoder": reference, "head": agent.init_head(jax.random.key(0))}
+        return train.init_state(params, optimizer, seed, ref_params=reference)
+
+    return init
+
+
+def programs(config: ConfigDict) -> dict[str, train.Program]:
+    """What `experiments.plan` compiles: an update on a mini-batch, and a step of the sampler."""
+    agent, optimizer = make_agent(config), make_optimizers(config)
+    return train.rollout_programs(
+        agent.policy,
+        make_train_step(config, agent, optimizer),
+        make_init(config, agent, optimizer),
+        rows=config.prompts * config.group_size // config.mini_batches,
+        length=config.max_length,
+        num_slots=config.num_slots,
+        max_turns=config.max_searches + 1,
+        max_turn_tokens=config.max_turn_tokens,
+        decoding=Decoding(**config.decoding),
+        reference=True,
+        critic=config.algorithm == "ppo",
+    )
+
+
 def check_config(config: ConfigDict) -> None:
     """Raises ValueError for settings that do not go together."""
     if config.algorithm not in ("grpo", "ppo"):
@@ -221,12 +251,7 @@ def run(config: ConfigDict, log: train.RunLog) -> None:
     world, agent = make_world(config), make_agent(config)
     reference = warm_start(config, agent.policy, log)
     optimizer, evaluate = make_optimizers(config), make_evaluation(config, agent)
-
-    def init(reference: Params, seed: jax.Array) -> TrainState:
-        params = {"policy": reference}
-        if config.algorithm == "ppo":
-            params["critic"] = {"decoder": reference, "head": agent.init_head(jax.random.key(0))}
-        return train.init_state(params, optimizer, seed, ref_params=reference)
+    init = make_init(config, agent, optimizer)
 
     def held_out(world: World, state: TrainState) -> Metrics:
         return evaluate(world.env, world.test_tasks, state.params["policy"], state.ref_params)[0]

@@ -256,13 +256,13 @@ def finish(written: Written, prompts: Prompts, group_size: int, decoding: Decodi
 def prefill(
     model: Model, params: Params, prompts: Int[Array, "P L"], lengths: Int[Array, "P"], batch_size: int
 ) -> Cache:
-    """Keys and values of all prompts, `batch_size` prompts at a time."""
+    """Keys and values of all prompts, in the type of the weights, `batch_size` prompts at a time."""
     steps = jnp.arange(prompts.shape[1])
 
     def one_batch(batch):
         tokens, lengths = batch
         positions = jnp.where(steps < lengths[:, None], steps, -1)
-        cache = model.init_cache(tokens.shape[0], tokens.shape[1])
+        cache = model.init_cache(tokens.shape[0], tokens.shape[1], model.head(params).dtype)
         return model.apply(params, tokens, positions=positions, cache=cache)[1]
 
     if prompts.shape[0] <= batch_size:

@@ -17,6 +17,7 @@ from jaxrl_llm.train.interrupts import Interrupted, StopRequests
 from jaxrl_llm.train.intervals import Interval, bootstrap_mean, judge
 from jaxrl_llm.train.logging import RunLog, WorkdirError, read_metrics, read_outcomes, read_summary
 from jaxrl_llm.train.loops import NonFiniteError, loop, over_seeds, stack_seeds
+from jaxrl_llm.train.planning import Program, plan, rollout_programs
 from jaxrl_llm.train.processes import fetch, is_writer, start_processes, wait_for_all
 from jaxrl_llm.train.runs import Page, enable_compilation_cache, is_complete, run_page
 from jaxrl_llm.train.sharding import (
@@ -51,6 +52,7 @@ __all__ = [
     "Interval",
     "NonFiniteError",
     "Page",
+    "Program",
     "RunLog",
     "StopRequests",
     "Table",
@@ -85,11 +87,13 @@ __all__ = [
     "over_seeds",
     "override",
     "parse_overrides",
+    "plan",
     "read_arrays",
     "read_curve",
     "read_metrics",
     "read_outcomes",
     "read_summary",
+    "rollout_programs",
     "run_page",
     "run_table",
     "shard_batch",

@@ -104,11 +104,12 @@ def init_state(
     ref_params: Params | None = None,
     memory: PyTree | None = None,
 ) -> TrainState:
-    """The state before the first iteration. `ref_params` is the frozen reference policy, where the algorithm has one,
+    """The state before the first iteration. The optimizer's averages are in float32, whatever type the parameters are
+    of. `ref_params` is the frozen reference policy, where the algorithm has one,
     `memory` whatever else it carries from step to step."""
     state = TrainState(
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(jax.tree.map(_wide, params)),
         step=jnp.zeros((), jnp.int32),  # each count an array of its own: one buffer cannot be donated twice
         seed=jnp.asarray(seed, jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
@@ -117,6 +118,12 @@ def init_state(
         memory=memory,
     )
     return constrain_state(state)
+
+
+def _wide(leaf: Array) -> Array:
+    """In float32 at least: an average of squares with b2 = 0.999 does not move in bfloat16."""
+    exact = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if exact else leaf
 
 
 def apply_gradients(

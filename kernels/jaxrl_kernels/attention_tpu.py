@@ -31,7 +31,7 @@ from jaxrl_kernels.attention_mask import (
     pad_rows,
     visible,
 )
-from jaxrl_kernels.tiles import VMEM_LIMIT, dot
+from jaxrl_kernels.tiles import VMEM_LIMIT, dot, estimate
 
 LANES = 128
 BLOCK = 512
@@ -57,6 +57,7 @@ def forward(
         out_specs=["query", "query_row"],
         out_shape=[sizes.query_shape(q.dtype), sizes.row_shape()],
         scratch=[_sums(sizes.block_q, q.shape[3]), *[_sums(sizes.block_q, LANES)] * 2, *_mark_columns(sizes.block_q)],
+        cost=sizes.cost(options, 2),
         interpret=interpret,
     )(bounds, sizes.queries(q), sizes.keys(k), sizes.keys(v), query_marks, key_marks)
     return out[:, :, : q.shape[1]].swapaxes(1, 2), normalizer[:, :, 0, : q.shape[1]]
@@ -88,6 +89,7 @@ def backward(
         out_specs=["query"],
         out_shape=[sizes.query_shape(q.dtype)],
         scratch=[_sums(sizes.block_q, q.shape[3]), *_mark_columns(sizes.block_q), *[_sums(sizes.block_q, LANES)] * 2],
+        cost=sizes.cost(options, 3),
         interpret=interpret,
     )(key_bounds, *inputs, *rows)
     k_grad, v_grad = _call(
@@ -97,6 +99,7 @@ def backward(
         out_specs=["key", "key"],
         out_shape=[sizes.key_shape(k.dtype)] * 2,
         scratch=[*[_sums(sizes.block_k, q.shape[3])] * 2, *_mark_columns(sizes.block_k)],
+        cost=sizes.cost(options, 4),
         interpret=interpret,
     )(query_bounds, *inputs, *rows)
     q_grad = q_grad[:, :, : q.shape[1]].swapaxes(1, 2)
@@ -109,6 +112,7 @@ class _Sizes:
     def __init__(self, q, k):
         self.batch, self.length, self.heads, self.width = q.shape
         self.key_length, self.num_kv = k.shape[1:3]
+        self.dtype = q.dtype
         # a block is a whole number of lanes, as marks and normalizers lie along them
         self.block_q = min(BLOCK, pl.cdiv(self.length, LANES) * LANES)
         self.block_k = min(BLOCK, pl.cdiv(self.key_length, LANES) * LANES)
@@ -137,6 +141,15 @@ class _Sizes:
 
     def row_shape(self):
         return jax.ShapeDtypeStruct((self.batch, self.heads, 1, self.num_q * self.block_q), jnp.float32)
+
+    def cost(self, options, products):
+        """Of a kernel with so many products for each pair of query and key, about as many arrays of each, and segments
+        that are unknown until it runs: causality and window alone."""
+        seen = self.key_length / 2 if options.causal else self.key_length
+        seen = seen if options.window is None else min(seen, options.window)
+        pairs = self.batch * self.heads * self.length * seen
+        arrays = [self.query_shape(self.dtype), self.key_shape(self.dtype)] * products
+        return estimate(products * pairs * self.width, *arrays)
 
     def _specs(self, place):
         """Blocks of every kind of array, from `place(*step) -> (row of the batch, head, query block, key block)`."""
@@ -182,7 +195,7 @@ def _mark_columns(block):
     return [pltpu.VMEM((block, LANES), jnp.int32)] * 2
 
 
-def _call(kernel, layout, *, in_specs, out_specs, out_shape, scratch, interpret):
+def _call(kernel, layout, *, in_specs, out_specs, out_shape, scratch, cost, interpret):
     grid, specs, parallel = layout
     return pl.pallas_call(
         kernel,
@@ -198,6 +211,7 @@ def _call(kernel, layout, *, in_specs, out_specs, out_shape, scratch, interpret)
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
+        cost_estimate=cost,
         interpret=interpret,
     )
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_kernels.attention_mask import HIDDEN, Options, logits_of
 from jaxrl_kernels.decode_attention_layout import LOWEST, Sight, join_heads, split_heads, split_sinks
-from jaxrl_kernels.tiles import VMEM_LIMIT
+from jaxrl_kernels.tiles import VMEM_LIMIT, estimate
 
 LANES = 128
 BLOCK_BYTES = 2 * 2**20  # at most, of a block's keys and values (1 to 3 microseconds to copy) and of its logits
@@ -93,6 +93,10 @@ def attend(
         inputs[2] = v_pages.swapaxes(2, 3)
     block = piece * pieces
     values_shape = (2, num_kv, width, block) if turned else (2, num_kv, block, width)
+    # of slots that are full, as nobody knows yet how full they will be
+    places = slots * table.shape[1] * page
+    cached = jax.ShapeDtypeStruct((places, num_kv, width), k_pages.dtype)
+    cost = estimate(2 * places * length * q.shape[2] * width, cached, cached, rows, rows)
     out = pl.pallas_call(
         functools.partial(
             _kernel, options, length, page // piece, table.shape[1], piece, pieces, turned, sinks is not None
@@ -115,6 +119,7 @@ def attend(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
+        cost_estimate=cost,
         interpret=interpret,
         name="decode_attention",
     )(*scalars, *inputs)

@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from jaxrl_kernels.logprob_math import LOWEST, Options, logit_gradient, logits_of, shape_like
-from jaxrl_kernels.tiles import VMEM_LIMIT, dot
+from jaxrl_kernels.tiles import VMEM_LIMIT, dot, estimate
 
 LANES = 128
 BLOCK = 512
@@ -71,6 +71,7 @@ def forward(
         ),
         out_shape=[shape_like((num_rows, n), jnp.float32, like) for n in (1, 1, num_targets)],
         compiler_params=_params("parallel", "arbitrary"),
+        cost_estimate=estimate(num_rows * vocab * width, rows, *[head] * num_blocks),
         interpret=interpret,
         name="fused_logprob",
     )(count, rows, head, *([] if bias is None else [bias[None]]), targets)
@@ -101,11 +102,13 @@ def gradient_block(
         return pl.BlockSpec((size, columns), lambda i, j, seen: (i, 0))
 
     head_spec, bias_spec = _head_specs(options, vocab_size, width, lambda i, j, seen: j)
+    out_shape = shape_like((num_rows, vocab), jnp.promote_types(rows.dtype, piece.dtype), rows)
+    passes = pl.cdiv(num_rows, size)
     return pl.pallas_call(
         functools.partial(_gradient_kernel, options, to_mean is not None, bias is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(pl.cdiv(num_rows, size), pl.cdiv(vocab, vocab_size)),
+            grid=(passes, pl.cdiv(vocab, vocab_size)),
             in_specs=[
                 *(row_spec(width), head_spec, *([] if bias is None else [bias_spec])),
                 *(row_spec(num_targets), row_spec(4), row_spec(num_targets)),
@@ -113,8 +116,9 @@ def gradient_block(
             out_specs=pl.BlockSpec((size, vocab_size), lambda i, j, seen: (i, j)),
             scratch_shapes=[pltpu.VMEM((size, vocab_size), jnp.float32)],
         ),
-        out_shape=shape_like((num_rows, vocab), jnp.promote_types(rows.dtype, piece.dtype), rows),
+        out_shape=out_shape,
         compiler_params=_params("parallel", "parallel"),
+        cost_estimate=estimate(num_rows * vocab * width, rows, out_shape, *[piece] * passes),
         interpret=interpret,
         name="fused_logprob_gradient",
     )(

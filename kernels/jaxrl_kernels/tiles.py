@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 VMEM_LIMIT = 64 * 2**20  # v5e, v5p and v6e have 95 to 128 MiB; the compiler's default of 16 or 32 is for many kernels
@@ -15,3 +19,10 @@ def dot(x: Float[Array, "M N"], y: Float[Array, "K L"], axis_x: int, axis_y: int
     return jax.lax.dot_general(
         x, y, (((axis_x,), (axis_y,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def estimate(products: float, *arrays: Any) -> pl.CostEstimate:
+    """What a kernel costs, for the compiler to plan by: so many multiplications with an addition, and each array moved
+    once. It knows no other cost of a kernel than what it is told."""
+    moved = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    return pl.CostEstimate(flops=int(2 * products), transcendentals=0, bytes_accessed=int(moved))
