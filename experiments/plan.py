@@ -42,9 +42,16 @@ CONTEXTS = (4096, 32768)
 TABLE_MODELS = ("qwen2.5-1.5b", "qwen2.5-7b", "qwen2.5-32b", "qwen3-30b-a3b")
 ROWS, SLOTS = 1024, 1024  # sequences of a step, and side by side in the sampler
 # What the models' config.json have beside the sizes in MODELS.
-QWEN2 = {"attention_bias": True, "tie_embeddings": False}
+QWEN2: dict[str, Any] = {"attention_bias": True, "tie_embeddings": False}
 MORE = {"qwen2.5-1.5b": {**QWEN2, "tie_embeddings": True}, "qwen2.5-3b": {**QWEN2, "tie_embeddings": True}}
-QWEN3_MOE = {"width": 2048, "num_layers": 48, "num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "ffn_width": 6144}
+QWEN3_MOE: dict[str, Any] = {
+    "width": 2048,
+    "num_layers": 48,
+    "num_heads": 32,
+    "num_kv_heads": 4,
+    "head_dim": 128,
+    "ffn_width": 6144,
+}
 QWEN3_MOE |= {"qk_norm": "head", "num_experts": 128, "experts_per_token": 8, "expert_width": 768}
 COLUMNS = ("weights", "optimizer", "reference", "activations", "cache", "sampler_activations", "total")
 
@@ -60,11 +67,13 @@ def model_config(name: str, **options: Any) -> DecoderConfig:
         return DecoderConfig(151936, **QWEN3_MOE, tie_embeddings=False, **options)
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; there is {', '.join([*MODELS, 'qwen3-30b-a3b'])}")
-    sizes = {key.removeprefix("model."): value for key, value in MODELS[name].items()}
+    sizes: dict[str, Any] = {key.removeprefix("model."): value for key, value in MODELS[name].items()}
     return DecoderConfig(**{**sizes, **MORE.get(name, QWEN2), **options})
 
 
-def grpo_programs(config: DecoderConfig, *, context: int, micro_batches: int, rows: int = ROWS, slots: int = SLOTS):
+def grpo_programs(
+    config: DecoderConfig, *, context: int, micro_batches: int, rows: int = ROWS, slots: int = SLOTS
+) -> dict[str, Program]:
     """GRPO with a KL to the reference: an update on `rows` sequences, and a step of the sampler."""
     settings = ConfigDict(
         {
@@ -75,8 +84,9 @@ def grpo_programs(config: DecoderConfig, *, context: int, micro_batches: int, ro
     )
     model, optimizer = make_decoder(config), _training.make_optimizer(settings)
     step, init = _training.make_clip_step(settings, model, optimizer), _training.init_policy(settings, optimizer)
-    sizes = {"rows": rows, "length": context, "num_slots": slots}
-    return rollout_programs(model, step, init, **sizes, reference=True, dtype=jnp.bfloat16)
+    return rollout_programs(
+        model, step, init, rows=rows, length=context, num_slots=slots, reference=True, dtype=jnp.bfloat16
+    )
 
 
 def plan_model(name: str, context: int, topology: str, *, thorough: bool = True) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from jaxrl_llm.train.program_costs import Machine, count_work, read_schedule
 from jaxrl_llm.train.sharding import batch_shardings, make_mesh, state_shardings
 from jaxrl_llm.types import Batch, Decoding, Params, TrainState
 
-QUICK = {"optimization_level": 9}  # the number of jax's O0
+QUICK: dict[str, Any] = {"optimization_level": 9}  # the number of jax's O0
 INSTALL = "pip install libtpu==0.0.52"
 GIB = 2**30
 
@@ -166,7 +166,7 @@ def rollout_programs(
 
     def sampler(count: int) -> Any:
         number = jnp.zeros(count, jnp.int32)
-        prompts = Prompts(number[:, None], number, None, model.init_cache(count, 1, dtype))
+        prompts = Prompts(number[:, None], number, None, model.init_cache(count, 1, jnp.dtype(dtype)))
         return prompts, start(model, prompts, limits, 1, min(count, num_slots))
 
     def batch() -> Batch:
@@ -298,7 +298,7 @@ def _compile(program: Program, chip: Chip, mesh: Any, thorough: bool) -> dict[st
             # jaxlib 0.10.2 cannot write down some programs of libtpu 0.0.52 ("async-update instruction should have 1
             # operands"); exchanges are then unknown
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                text = compiled.as_text()
+                text = compiled.as_text() or ""
     flops, moved, least = (value / mesh.size for value in work)
     found = read_schedule(text)
     seconds = {"compute": flops / chip.flops, "memory bandwidth": moved / chip.bandwidth}
