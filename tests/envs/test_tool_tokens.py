@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ CALLS = CallLimits(timeout=30.0, retries=0)
 def likely_params():
     """A random policy to which some tokens are more likely: one feature is alike behind every token, and the rows of
     the likely tokens answer to it."""
-    params = MODEL.init(jax.random.key(0))
+    params = jax.jit(MODEL.init)(jax.random.key(0))
     rows = jnp.array([TOKENIZER.pieces.index(piece) for piece in LIKELY])
     embedding = params["embedding"].at[:, 0].set(10.0)
     return params | {"embedding": embedding, "head": params["head"].at[:, 0].set(0.0).at[rows, 0].set(1.5)}
@@ -182,6 +182,6 @@ def test_the_transcripts_are_odd_enough():
     turns, drifted, calls = check(rollout, spy, trajectories)
     merged = sum(TOKENIZER.decode(ids).endswith(">\n") for ids in spy.decoded)
     assert drifted >= 3 and calls >= 3 and merged >= 1, (turns, drifted, calls, merged)
-    logprobs, _ = score_rollout(MODEL, likely_params(), rollout, decoding=Decoding())
+    logprobs, _ = jax.jit(partial(score_rollout, MODEL, decoding=Decoding()))(likely_params(), rollout)
     # float32, one matrix product step by step and all at once
     np.testing.assert_allclose(logprobs, rollout.logprobs, atol=1e-4)

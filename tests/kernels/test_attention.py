@@ -250,6 +250,10 @@ def test_tpu_kernels_without_races():
     assert not interpret_pallas_call.races.races_found
 
 
+bounds_of_blocks = jax.jit(block_bounds, static_argnums=(2, 3, 4))
+bounds_of_whole = jax.jit(whole_bounds, static_argnums=(2, 3, 4))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 5])
 def test_bounds_hold_everything_visible(causal, window):
@@ -257,8 +261,9 @@ def test_bounds_hold_everything_visible(causal, window):
     for _ in range(20):
         ours, theirs = (np.stack([rng.integers(0, 3, (2, n)), rng.integers(0, 40, (2, n))], axis=1) for n in (24, 32))
         options = Options(causal, window, None, 1.0)
-        by_query, by_key = block_bounds(jnp.asarray(ours), jnp.asarray(theirs), 4, 8, options)
+        by_query, by_key = bounds_of_blocks(jnp.asarray(ours), jnp.asarray(theirs), 4, 8, options)
         pairs = (ours[:, 0, :, None], ours[:, 1, :, None]), (theirs[:, 0, None], theirs[:, 1, None])
+        by_query, by_key = np.asarray(by_query), np.asarray(by_key)
         blocks = np.asarray(visible(*pairs, options)).reshape(2, 6, 4, 4, 8).any((2, 4))
         for row, i, j in np.argwhere(blocks):
             assert by_query[row, 0, i] <= j <= by_query[row, 1, i]
@@ -273,9 +278,12 @@ def test_whole_bounds_hold_nothing_hidden(causal, window):
     options = Options(causal, window, None, 1.0)
     pairs = (marks[:, 0, :, None], marks[:, 1, :, None]), (marks[:, 0, None], marks[:, 1, None])
     blocks = np.asarray(visible(*pairs, options)).reshape(2, 16, 4, 8, 8).all((2, 4))
-    for bounds, whole in zip(whole_bounds(marks, marks, 4, 8, options), (blocks, blocks.swapaxes(1, 2)), strict=True):
+    for bounds, whole in zip(
+        bounds_of_whole(marks, marks, 4, 8, options), (blocks, blocks.swapaxes(1, 2)), strict=True
+    ):
+        bounds = np.asarray(bounds)
         for row, i in np.ndindex(whole.shape[:2]):
-            first, last = np.asarray(bounds[row, :, i])
+            first, last = bounds[row, :, i]
             assert whole[row, i, first : last + 1].all() and (last >= 0) == whole[row, i].any()
             longest = max(longest, last + 1 - first)
     assert longest > 2

@@ -25,7 +25,7 @@ BATCH, LENGTH = 3, 12
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(0))
+    return jax.jit(MODEL.init)(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_previous_token_head_reads_the_token_before():
         rope_theta=100.0, attention_bias=True,
     )  # fmt: skip
     model = make_decoder(config)
-    params = previous_token_head(model.init(jax.random.key(0)), config, kv_head=1)
+    params = previous_token_head(jax.jit(model.init)(jax.random.key(0)), config, kv_head=1)
     layer = params["layers"]["0"]
     out = layer["attention"]["out"]["kernel"]
     layer["attention"]["out"]["kernel"] = jnp.zeros_like(out).at[128:192].set(out[128:192])  # head 2, the first of two
@@ -113,7 +113,7 @@ def test_untied_head_and_count(params):
     untied = make_decoder(
         DecoderConfig(vocab_size=50, width=32, num_heads=4, num_kv_heads=4, ffn_width=48, tie_embeddings=False)
     )
-    own = untied.init(jax.random.key(0))
+    own = jax.jit(untied.init)(jax.random.key(0))
     assert untied.head(own).shape == (50, 32) and untied.head(own) is not own["embedding"]
     attention, ffn = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48
     assert count_params(params) == 50 * 32 + 2 * (attention + ffn + 2 * 32) + 32

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -59,29 +60,31 @@ def test_packed_rows_equal_separate_ones(golden):
     weights = jax.random.normal(jax.random.key(0), (2, 7, model.config.width))
 
     @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
     def separate(params):
         hidden = model.apply(params, tokens)
         return jnp.sum(hidden * weights), hidden
 
     @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
     def together(params, packed):
         hidden = model.apply(params, packed, segment_ids=segments, positions=places).reshape(weights.shape)
         return jnp.sum(hidden * weights), hidden
 
-    (_, alone), alone_grads = jax.value_and_grad(separate, has_aux=True)(model.params)
-    (_, hidden), grads = jax.value_and_grad(together, has_aux=True)(model.params, packed)
+    (_, alone), alone_grads = separate(model.params)
+    (_, hidden), grads = together(model.params, packed)
     np.testing.assert_allclose(hidden, alone, atol=2e-5)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(alone_grads), strict=True):
         # sums over 14 tokens in another order, relative to the largest entry of a parameter
         np.testing.assert_allclose(got, want, atol=2e-5 * max(1.0, float(jnp.abs(want).max())))
-    changed = together(model.params, packed + (np.arange(14) < 7))[1]
+    (_, changed), _ = together(model.params, packed + (np.arange(14) < 7))
     assert np.array_equal(changed[1], hidden[1]) and not np.allclose(changed[0], hidden[0])
 
 
 def test_windows_reach_as_far_as_they_say():
     config = dataclasses.replace(TINY, rope_thetas=(100.0,), layer_windows=(2,), num_token_types=0)
     model = make_encoder(config)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (1, 12), 0, 50)
     rows = jnp.concatenate([tokens, tokens.at[0, 6].add(1) % 50])
     before, after = jax.jit(model.apply)(params, rows)
@@ -164,7 +167,7 @@ def test_bad_sizes_and_inputs():
     with pytest.raises(ValueError, match="heads of width 1 cannot be turned"):
         dataclasses.replace(TINY, num_heads=16, rope_thetas=(1.0,))
     model = make_encoder(dataclasses.replace(TINY, position_offset=2, num_token_types=0))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     tokens = jnp.zeros((1, 19), jnp.int32)
     with pytest.raises(ValueError, match="rows of 19 tokens do not fit the 18 learned positions"):
         model.apply(params, tokens)

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
     config = DecoderConfig(TOKENIZER.vocab_size, width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=16)
     model = dataclasses.replace(make_decoder(config), tokenizer=TOKENIZER)
-    save(model, model.init(jax.random.key(0)), path)
+    save(model, jax.jit(model.init)(jax.random.key(0)), path)
     return str(path)
 
 
@@ -120,7 +120,7 @@ def test_bad_models(folder, monkeypatch, capsys, tmp_path):
     status, out = run(monkeypatch, capsys, "Hello\n", "--model", str(tmp_path))
     assert status == 1 and "config.json" in out
     bare = make_decoder(DecoderConfig(64, width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=16))
-    save(bare, bare.init(jax.random.key(0)), tmp_path / "bare")
+    save(bare, jax.jit(bare.init)(jax.random.key(0)), tmp_path / "bare")
     status, out = run(monkeypatch, capsys, "Hello\n", "--model", str(tmp_path / "bare"))
     assert status == 1 and "no tokenizer" in out
     status, out = run(monkeypatch, capsys, "Hello\n", "--model", folder, "--tools", "calculator", "--protocol", "chat")

@@ -22,7 +22,7 @@ from jaxrl_llm.types import Decoding
 from tests.sampling.worlds import MODEL, VOCAB, EchoEnv, random_prompts
 
 TASKS = random_prompts(4)
-PARAMS = jax.tree.map(lambda x: 1.5 * x, MODEL.init(jax.random.key(1)))
+PARAMS = jax.tree.map(lambda x: 1.5 * x, jax.jit(MODEL.init)(jax.random.key(1)))
 STOP = 11
 TRIGGER = 38  # a token that this policy likes
 SEQUENCES = [[(20, 21, 22), (20, 21), (24,)], [(token,) for token in range(39, 60)]]
@@ -172,7 +172,7 @@ def test_json_of_a_schema(name):
     tokenizer = load_tokenizer(FOLDER / name)
     model = make_decoder(DecoderConfig(832, width=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=16))
     sampled = jax.jit(partial(rollout, model, env=LENGTH_ENV), static_argnames=tuple(SIZES))(
-        model.init(jax.random.key(0)),
+        jax.jit(model.init)(jax.random.key(0)),
         tasks=random_prompts(1),
         key=jax.random.key(3),
         constraint=constrain(json_schema_automaton(SCHEMA, tokenizer), vocab_size=832),

@@ -15,14 +15,20 @@ from tests.sampling.worlds import MODEL, VOCAB, EchoEnv, one_token_prompts, rand
 
 TASKS = random_prompts(6)
 PARAMS = jax.tree.map(
-    lambda x: 1.5 * x, MODEL.init(jax.random.key(1))
+    lambda x: 1.5 * x, jax.jit(MODEL.init)(jax.random.key(1))
 )  # sharp enough that tokens differ in probability
+full_logits = jax.jit(MODEL.logits)
 SIZES = dict(max_length=48, max_turns=3, max_turn_tokens=8, group_size=3, stop_sequences=[[3], [4, 5], [11]])
 
 
 @partial(jax.jit, static_argnames=("num_slots", "window", "decoding"))
 def play(params, key, num_slots=8, window=1, decoding=Decoding()):
     return rollout(MODEL, params, EchoEnv(), TASKS, key, num_slots=num_slots, window=window, decoding=decoding, **SIZES)
+
+
+@partial(jax.jit, static_argnames="decoding")
+def score(params, sampled, decoding):
+    return score_rollout(MODEL, params, sampled, decoding=decoding)
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +64,16 @@ def test_recorded_logprobs_are_those_of_a_full_pass(decoding):
     """Sampled under a temperature and filters, scored under the same: the first ratio is 1 on every token.
     Greedy decoding writes what a full pass finds most likely."""
     sampled = play(PARAMS, jax.random.key(2), decoding=decoding)
-    logprobs, entropy = jax.jit(partial(score_rollout, MODEL, decoding=decoding))(PARAMS, sampled)
+    logprobs, entropy = score(PARAMS, sampled, decoding)
     # two orders of summation of float32 logits of size 30
     np.testing.assert_allclose(logprobs, sampled.logprobs, atol=1e-4)
     assert np.all(np.asarray(sampled.logprobs)[~np.asarray(sampled.mask)] == 0)
     assert np.all(np.asarray(entropy)[np.asarray(sampled.mask)] > 0)
     if decoding.greedy:
-        best = jnp.argmax(jax.jit(MODEL.logits)(PARAMS, sampled.tokens[:, :-1]), axis=-1)
+        best = jnp.argmax(full_logits(PARAMS, sampled.tokens[:, :-1]), axis=-1)
         np.testing.assert_array_equal(jnp.where(sampled.mask[:, 1:], best - sampled.tokens[:, 1:], 0), 0)
     if decoding.filters:
-        naive = jax.jit(MODEL.logits)(PARAMS, sampled.tokens[:, :-1]) / decoding.temperature
+        naive = full_logits(PARAMS, sampled.tokens[:, :-1]) / decoding.temperature
         naive = jnp.take_along_axis(jax.nn.log_softmax(naive), sampled.tokens[:, 1:, None], -1)[..., 0]
         off = np.where(sampled.mask[:, 1:], np.asarray(logprobs[:, 1:]) - np.asarray(naive), 0)
         assert off.max() > 0.02, "the filters must matter in this test"
@@ -221,8 +227,8 @@ def test_sampler_uses_the_parameters_it_is_given(sampled):
     """After updates the recorded log-probs are those of the new parameters, and poisoned ones change the samples."""
     moved = jax.tree.map(lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), PARAMS)
     after = play(moved, jax.random.key(0))
-    new, _ = score_rollout(MODEL, moved, after, decoding=after.decoding)
-    old, _ = score_rollout(MODEL, PARAMS, after, decoding=after.decoding)
+    new, _ = score(moved, after, after.decoding)
+    old, _ = score(PARAMS, after, after.decoding)
     np.testing.assert_allclose(new, after.logprobs, atol=1e-4)
     assert np.abs(np.asarray(old - new)).max() > 0.1
     poisoned = moved | {"embedding": moved["embedding"].at[17].add(100.0)}

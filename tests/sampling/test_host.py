@@ -62,7 +62,7 @@ class AsyncEcho(Echo):
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(0))
+    return jax.jit(MODEL.init)(jax.random.key(0))
 
 
 def play(params, env, **options):

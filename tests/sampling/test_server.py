@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,7 +28,7 @@ OPTIONS = dict(tokenizer=TOKENIZER, max_length=128, max_turn_tokens=12, session_
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init(jax.random.key(0))
+    return jax.jit(MODEL.init)(jax.random.key(0))
 
 
 def serve(params, **options):
@@ -88,7 +89,7 @@ def test_replies_can_be_trained_on(params):
         stopped = int(rollout.tokens[row, end - 1]) in TOKENIZER.eos_ids
         assert TOKENIZER.decode(rollout.tokens[row, start : end - stopped]) == texts[row]
         assert bool(rollout.truncated[row]) == (not stopped)
-    logprobs, _ = score_rollout(MODEL, params, rollout, decoding=Decoding())
+    logprobs, _ = jax.jit(partial(score_rollout, MODEL, decoding=Decoding()))(params, rollout)
     np.testing.assert_allclose(logprobs, rollout.logprobs, atol=1e-4)  # float32, step by step and all at once
 
 

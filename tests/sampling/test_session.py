@@ -209,7 +209,8 @@ def test_constraints(params):
         for start, end in zip(row.turn_starts, row.turn_ends, strict=True):
             assert tuple(row.tokens[start:end][:-1].tolist()) in choices[group] and row.tokens[end - 1] == 3
     rollout = rows_to_rollout(rows, decoding=Decoding(), group_ids=groups, constrained=True)
-    scored, _ = score_rollout(MODEL, params, rollout, decoding=Decoding(), constraint=constraint)
+    rescore = jax.jit(functools.partial(score_rollout, MODEL, decoding=Decoding()))
+    scored, _ = rescore(params, rollout, constraint=constraint)
     np.testing.assert_allclose(scored, rollout.logprobs, atol=1e-4)
     free = score(MODEL, params, dataclasses.replace(rollout, free_logprobs=None))
     np.testing.assert_allclose(free, rollout.free_logprobs, atol=1e-4)
