@@ -145,6 +145,8 @@ def shard_batch(batch: Tree, mesh: Mesh | None = None, *, own_rows: bool = False
         return jax.ShapeDtypeStruct((*rows, *np.shape(leaf)[1:]), leaf.dtype)
 
     def place(leaf: Any, shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # made by all of them already
+            return jax.device_put(leaf, sharding)
         if own_rows:
             return jax.make_array_from_process_local_data(sharding, leaf, shape.shape)
         return jax.make_array_from_callback(shape.shape, sharding, lambda index: leaf[index])
