@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_kernels import flash_attention
+from jaxrl_kernels.mesh import constrain, mesh_axes, split
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.functional import split_module
 from jaxrl_llm.models.rotary import Rope, rotate
@@ -119,7 +121,12 @@ class Attention(nnx.Module):
             queries, keys = rotate(queries, positions, rope), rotate(keys, positions, rope)
         # a window of the config counts the places beside a token's own, that of the kernel counts its own too
         window = None if window is None else window + 1
-        attended = flash_attention(queries, keys, values, segment_ids=segments, causal=False, window=window)
+        rows = mesh_axes("batch", len(x), strict=False)
+        parts = P(rows, None, mesh_axes("heads", self.num_heads))  # a token sees both ways: rows stay whole
+        attended = split(
+            lambda q, k, v, segments: flash_attention(q, k, v, segment_ids=segments, causal=False, window=window),
+            *((parts, parts, parts, P(rows)), parts),
+        )(queries, keys, values, segments)
         return self.out(attended.reshape(x.shape))
 
 
@@ -175,19 +182,19 @@ class Encoder(nnx.Module):
         config = self.config
         if positions is None:
             positions = self._default_positions(tokens, mask, segment_ids)
-        x = self.embedding[...][tokens]
+        x = constrain(self.embedding[...], "vocabulary", None)[tokens]
         if config.rope_thetas is None:
             x = x + self.position_embedding[...][positions + config.position_offset]
         if config.num_token_types:
             x = x + self.token_type_embedding[...][0 if token_types is None else token_types]
         elif token_types is not None:
             raise ValueError("this encoder has no token types (num_token_types=0): leave token_types out")
-        x = self.embedding_norm(x)
+        x = constrain(self.embedding_norm(x), "batch", None, None)
         windows = config.layer_windows or (None,) * config.num_layers
         segments = segments_to_see(mask, segment_ids)
         for i, layer in enumerate(self.layers):
             rope = None if config.rope_thetas is None else Rope(config.rope_thetas[i])
-            x = layer(x, segments, windows[i], positions, rope)
+            x = constrain(layer(x, segments, windows[i], positions, rope), "batch", None, None)
         return self.norm(x) if config.pre_norm else x
 
     def _default_positions(self, tokens, mask, segment_ids):

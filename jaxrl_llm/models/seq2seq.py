@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_kernels.mesh import constrain, mesh_axes
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.attention import write_cache
 from jaxrl_llm.models.encoder import FeedForward, segments_to_see
@@ -100,6 +101,7 @@ def attend(
     In plain XLA: the bias is as large as the scores, so a kernel that does not hold these would save nothing.
     """
     batch, length, heads, dim = queries.shape
+    mesh_axes("heads", heads)  # XLA divides them; a mesh that cannot is refused
     scores = jnp.einsum("bthd,bhds->bhts", queries, keys, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias
@@ -201,6 +203,9 @@ class Seq2Seq(nnx.Module):
     def __call__(self, part, *args, **kwargs):
         return getattr(self, part)(*args, **kwargs)
 
+    def _embed(self, tokens):
+        return constrain(constrain(self.embedding[...], "vocabulary", None)[tokens], "batch", None, None)
+
     def encode(
         self,
         tokens: Int[Array, "B S"],
@@ -212,9 +217,9 @@ class Seq2Seq(nnx.Module):
         places = jnp.arange(tokens.shape[1])
         segments, bias = segments_to_see(mask, segment_ids), self.encoder.bias(places[None], places)
         allowed = None if segments is None else segments[:, :, None] == segments[:, None, :]
-        x = self.embedding[...][tokens]
+        x = self._embed(tokens)
         for layer in self.encoder.layers:
-            x, _ = layer(x, allowed, bias)
+            x = constrain(layer(x, allowed, bias)[0], "batch", None, None)
         return self.encoder.norm(x)
 
     def init_cache(
@@ -272,7 +277,7 @@ class Seq2Seq(nnx.Module):
             places = jnp.arange(cache["layers"][0]["values"].shape[2])
             bias, allowed = self.decoder.bias(positions, places), places <= positions[:, :, None]
             cross_allowed = cache["mask"][:, None, :]
-        x = self.embedding[...][tokens]
+        x = self._embed(tokens)
         layers = []
         for i, layer in enumerate(self.decoder.layers):
             old = None if cache is None else cache["layers"][i]
@@ -281,6 +286,7 @@ class Seq2Seq(nnx.Module):
             else:
                 memory = old["cross_keys"], old["cross_values"]
             x, new = layer(x, allowed, bias, cross_allowed, memory, old, positions)
+            x = constrain(x, "batch", None, None)
             layers.append(new)
         x = self.decoder.norm(x)
         if self.config.tie_embeddings:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxrl_kernels.mesh import mesh_axes
 from jaxrl_llm.models.decoder import Model
 from jaxrl_llm.sampling.constraints import Constraint, start_states
 from jaxrl_llm.sampling.slots import (
@@ -86,7 +87,8 @@ def rollout(
       wait_fraction: share of the busy slots that gathers before the environment is stepped.
 
     Raises:
-      ValueError: a prompt leaves no room in `max_length`, or a size is not positive.
+      ValueError: a prompt leaves no room in `max_length`, a size is not positive, or the slots (of fewer rows, the
+        rows) do not divide among the devices of the mesh.
     """
     num_tasks = jax.tree.leaves(tasks)[0].shape[0]
     check_sizes(
@@ -98,6 +100,7 @@ def rollout(
         window=window,
     )
     num_rows, num_slots = num_tasks * group_size, min(num_slots, num_tasks * group_size)
+    mesh_axes("slots", num_slots)  # refused where they do not divide
     limits = Limits(max_length, max_turns, max_turn_tokens)
     env_key, token_key = jax.random.split(key)
     # the environment's randomness belongs to the task: all episodes of a group start alike

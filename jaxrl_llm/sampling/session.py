@@ -13,8 +13,10 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxrl_kernels.mesh import current_mesh, mesh_axes
 from jaxrl_llm.models.decoder import Model, init_pages
 from jaxrl_llm.sampling.constraints import Constraint, next_states, start_states
 from jaxrl_llm.sampling.lanes import Lanes, Moved, advance_lanes, compute_lanes, copy_pages
@@ -42,6 +44,9 @@ class Session:
     A token depends on (key, the row's number or its place among the forks, position) alone: neither on other rows nor
     on the number of slots.
 
+    Made under `jax.set_mesh`, it divides heads, experts and the vocabulary. Pages, which any row may read, are whole along
+    the axes that divide rows; `rollout` divides rows, and so do sessions of their own on parts of the devices.
+
     Args:
       model: the policy.
       key: consumed.
@@ -57,7 +62,8 @@ class Session:
       cache_dtype: of keys and values.
 
     Raises:
-      ValueError: a size is not positive, a stop sequence is empty, or `num_pages` cannot hold one full row.
+      ValueError: a size is not positive, a stop sequence is empty, `num_pages` cannot hold one full row, or the heads
+        do not divide among the devices of the mesh.
     """
 
     def __init__(
@@ -94,6 +100,10 @@ class Session:
             )
         self.pool = PagePool(num_pages)
         self._pages = init_pages(model, num_pages, page_size, jnp.dtype(cache_dtype))
+        heads = mesh_axes("heads", model.config.num_kv_heads)
+        if current_mesh() is not None:  # laid out as calls give them back, so that there is one program for a shape
+            parts = PartitionSpec() if heads is None else PartitionSpec(None, *heads)
+            self._pages = jax.device_put(self._pages, NamedSharding(jax.sharding.get_mesh(), parts))
         self._key, self._key_impl = key, str(jax.random.key_impl(key))
         self._live: dict[Row, None] = {}  # ready rows, in the order in which they get slots
         self._holding: dict[Row, None] = {}  # rows with pages, the longest unused first

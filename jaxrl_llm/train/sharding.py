@@ -39,9 +39,9 @@ Tree = TypeVar("Tree")
 # LoRA's matrices take after the one that they are added to, optimizer states after their parameters.
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding|head", ("vocabulary", "width")),
-    (r"attention\.(query|key|value)\.kernel", ("width", "heads")),
+    (r"(cross_)?attention\.(query|key|value)\.kernel", ("width", "heads")),
     (r"attention\.(query|key|value)\.bias", ("heads",)),
-    (r"attention\.out\.kernel", ("heads", "width")),
+    (r"(cross_)?attention\.out\.kernel", ("heads", "width")),
     (r"experts\.(gate|up)", ("experts", "width", "ffn")),
     (r"experts\.down", ("experts", "ffn", "width")),
     (r"(gate|up)\.kernel", ("width", "ffn")),

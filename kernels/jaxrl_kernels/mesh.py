@@ -21,6 +21,7 @@ AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 # device does another's work again.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "slots": ("data", "fsdp", "expert"),  # rows that a sampler decodes side by side
     "length": ("sequence",),
     "width": ("fsdp",),  # of parameters: gathered for a layer where it is used
     "heads": ("tensor",),
@@ -62,6 +63,14 @@ def mesh_axes(logical: str | None, size: int, *, mesh: Any = None, strict: bool 
 def row_spec(shape: tuple[int, ...]) -> PartitionSpec:
     """How an array of rows lies: its first axis as "batch", its second as "length", as far as they divide."""
     return PartitionSpec(*(mesh_axes(*axis, strict=False) for axis in zip(("batch", "length"), shape, strict=False)))
+
+
+def split_rows(function: Callable, arrays: Any, num_rows: int) -> Callable:
+    """`split` of a function that goes along whole rows: of `arrays`, a tuple of what it takes, those with `num_rows` rows
+    are divided, and all of its results."""
+    rows = row_spec((num_rows,))
+    specs = jax.tree.map(lambda x: rows if x.shape[:1] == (num_rows,) else PartitionSpec(), arrays)
+    return split(function, specs, rows)
 
 
 def constrain(x: Array, *logical: str | None) -> Array:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_kernels import policy_loss_hopper
 from jaxrl_kernels.dispatch import choose
+from jaxrl_kernels.mesh import split_rows
 from jaxrl_kernels.policy_loss_math import STATISTICS, Inputs, Terms, in_lanes, merge, one_pass, token_terms
 
 Tokens = Float[Array, "B T"]
@@ -191,7 +192,8 @@ def _run(logprobs: Array, inputs: Inputs, terms: Terms, implementation: str | No
     run = choose(
         implementation, **{name: functools.partial(version, terms=terms) for name, version in versions.items()}
     )
-    return run(logprobs, inputs) if logprobs.size else _xla(logprobs, inputs, terms=terms)
+    run = split_rows(run, (logprobs, inputs), len(logprobs)) if logprobs.size else functools.partial(_xla, terms=terms)
+    return run(logprobs, inputs)
 
 
 def _xla(logprobs: Array, inputs: Inputs, *, terms: Terms) -> tuple[Array, Array]:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jaxrl_kernels import scan_hopper
 from jaxrl_kernels.dispatch import choose
+from jaxrl_kernels.mesh import split_rows
 
 Discount = Float[Array, "B T"] | Float[Array, "1 1"]
 # Of an entry: bit 0, it counts; bit 1, the state behind it (the one that it would add) belongs to another segment.
@@ -151,7 +152,8 @@ def _run(
         "interpret_mosaic": functools.partial(scan_hopper.discounted_scan, affine=_affine, interpret=True),
     }
     run = choose(implementation, **{name: functools.partial(version, **options) for name, version in versions.items()})
-    return run(values, discount, code) if values.size else jnp.zeros(values.shape, jnp.float32)
+    arrays = values, discount, code
+    return split_rows(run, arrays, len(values))(*arrays) if values.size else jnp.zeros(values.shape, jnp.float32)
 
 
 def _reference(values: Array, discount: Array, code: Code, *, reverse: bool, keep_state: bool) -> Array:

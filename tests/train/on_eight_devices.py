@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from types import SimpleNamespace
 from typing import get_args
@@ -41,7 +42,8 @@ MESHES = {
     "all": {"fsdp": 2, "tensor": 2, "expert": 2},
 }
 FAST = [("dense", mesh) for mesh in ("data", "fsdp", "tensor", "wide", "sequence")] + [("experts", "expert")]
-SLOW = [("experts", "all"), ("experts", "sequence"), ("experts", "wide"), ("experts", "data"), ("lora", "tensor")]
+SLOW = [("experts", mesh) for mesh in ("all", "sequence", "wide", "data", "fsdp", "tensor")]
+SLOW += [("lora", mesh) for mesh in ("data", "fsdp", "tensor", "sequence")]
 SLOW += [("scanned", mesh) for mesh in ("fsdp", "tensor", "sequence", "all")]
 CASES = FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 BATCH, LENGTH = 16, 36
@@ -223,12 +225,15 @@ def micro_gradients(num_micro, packed, sizes):
         return train.accumulate_gradients(loss_fn, params, batch, num_micro)[:2]
 
     jitted, choices = jax.jit(gradient), np.eye(len(AGGREGATIONS), dtype=np.float32)
-    if sizes is None:
-        return [jax.device_get(jitted(params, batch, chosen)) for chosen in choices]
-    mesh = train.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    mesh = train.make_mesh(sizes or {}, jax.devices()[: math.prod((sizes or {}).values())])
     with jax.set_mesh(mesh):
-        arrays = train.shard_state(params, mesh), jax.device_put(batch, jax.NamedSharding(mesh, jax.P()))
-        return [jax.device_get(jitted(*arrays, chosen)) for chosen in choices]
+        whole = jax.NamedSharding(mesh, jax.P())
+        arrays = train.shard_state(params, mesh), jax.device_put(batch, whole)
+        chosen = [jax.device_put(choice, whole) for choice in choices]
+        with jax.transfer_guard("disallow"):
+            found = [jitted(*arrays, choice) for choice in chosen]
+    assert jitted._cache_size() == 1
+    return jax.device_get(found)
 
 
 @functools.cache
@@ -276,6 +281,18 @@ def play(model, params, tasks, key):
     return sampled, score_rollout(model, params, sampled, decoding=sampled.decoding, group_size=4, shared_prefix=2)[0]
 
 
+def check_exchanges_of_a_sampler(mesh, config, found):
+    """Slots keep their cache: of keys and values, prompts' alone go to where their slots are."""
+    sizes, room = MESHES[mesh], 24
+    slots = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("expert", 1))
+    caches = [shape for _, shape in found if len(shape) == 4]
+    assert all(room not in shape and room - 1 not in shape for shape in caches), caches
+    if "tensor" in sizes:
+        # a decode step sums embeddings once and hidden states twice a layer, and brings logits together
+        sums, logits = ("all-reduce", (slots, 1, config.width)), ("all-gather", (slots, config.vocab_size))
+        assert (found.count(sums), found.count(logits)) == (2 * config.num_layers + 1, 1), found
+
+
 @functools.cache
 def played_on_one_device(name):
     params = jax.jit(MODELS[name].init)(jax.random.key(0))
@@ -295,8 +312,12 @@ def test_sampled_tokens_equal_those_of_one_device(name, mesh):
     (params, tasks, key), (expected, scored) = played_on_one_device(name)
     devices = train.make_mesh(MESHES[mesh])
     with jax.set_mesh(devices):
-        run, params = jax.jit(functools.partial(play, MODELS[name])), train.shard_state(params, devices)
-        sampled, own = run(params, tasks, key)
+        whole = jax.NamedSharding(devices, jax.P())
+        arrays = train.shard_state(params, devices), *jax.device_put((tasks, key), whole)
+        program = jax.jit(functools.partial(play, MODELS[name])).lower(*arrays).compile()
+        with jax.transfer_guard("disallow"):
+            sampled, own = program(*arrays)
+    check_exchanges_of_a_sampler(mesh, MODELS[name].config, collectives(program.as_text()))
     np.testing.assert_array_equal(sampled.tokens, expected.tokens)
     assert_close((sampled.logprobs, own), (expected.logprobs, scored))
 

@@ -14,7 +14,20 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import train
-from jaxrl_llm.models import DecoderConfig, LoraConfig, apply_lora, init_lora, make_decoder, make_scalar_head
+from jaxrl_llm.models import (
+    DecoderConfig,
+    EncoderConfig,
+    LoraConfig,
+    Seq2SeqConfig,
+    apply_lora,
+    init_lora,
+    make_decoder,
+    make_encoder,
+    make_scalar_head,
+    make_seq2seq,
+)
+from jaxrl_llm.sampling import Session, rollout
+from tests.sampling.worlds import EchoEnv
 
 MESH = AbstractMesh((2, 2, 2, 2, 2), ("data", "fsdp", "expert", "sequence", "tensor"))
 SIZES = {"num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 96, "attention_bias": True}
@@ -149,6 +162,27 @@ def test_a_mesh_that_does_not_divide_is_told_which_axis_and_what_fits():
     # heads stand in no parameter's shape: they are found before anything is compiled
     with jax.sharding.use_abstract_mesh(mesh_of(tensor=4)), pytest.raises(ValueError, match="heads of size 2 .* is 2"):
         jax.eval_shape(DENSE.apply, jax.eval_shape(DENSE.init, jax.random.key(0)), jnp.zeros((4, 8), int))
+
+    with jax.sharding.use_abstract_mesh(mesh_of(tensor=3)), pytest.raises(ValueError, match="heads of size 4 .* is 2"):
+        encoder = make_encoder(EncoderConfig(128, 64, num_heads=4))
+        jax.eval_shape(encoder.apply, jax.eval_shape(encoder.init, jax.random.key(0)), jnp.zeros((4, 8), int))
+    with jax.sharding.use_abstract_mesh(mesh_of(tensor=8)), pytest.raises(ValueError, match="heads of size 4 .* is 4"):
+        t5 = make_seq2seq(Seq2SeqConfig(128, 64, num_heads=4))
+        jax.eval_shape(t5.encode, jax.eval_shape(t5.init, jax.random.key(0)), jnp.zeros((4, 8), int))
+    with jax.sharding.use_abstract_mesh(mesh_of(tensor=4)), pytest.raises(ValueError, match="heads of size 2 .* is 2"):
+        Session(DENSE, jax.random.key(0), max_length=8, num_slots=2)
+
+    def play(num_slots):
+        options = {"max_length": 16, "max_turns": 1, "max_turn_tokens": 4, "num_slots": num_slots, "group_size": 2}
+        tasks = {"prompt_tokens": jnp.zeros((6, 4), int), "prompt_length": jnp.full(6, 4)}
+        rollout(DENSE, DENSE.init(jax.random.key(0)), EchoEnv(), tasks, jax.random.key(1), **options)
+
+    with jax.sharding.use_abstract_mesh(mesh_of(data=4)):
+        with pytest.raises(ValueError, match="slots of size 6 does not divide among data=4 .* that axis that fits is 3"):
+            jax.eval_shape(lambda: play(6))
+    with jax.sharding.use_abstract_mesh(mesh_of(data=2, fsdp=4)):  # more slots than rows are as many as rows
+        with pytest.raises(ValueError, match="slots of size 12 .* data=2 x fsdp=4 .* those axes that fits is 6"):
+            jax.eval_shape(lambda: play(64))
 
     def loss_fn(params, batch):
         return jnp.sum(params * batch), {}
