@@ -44,8 +44,8 @@ class Session:
     A token depends on (key, the row's number or its place among the forks, position) alone: neither on other rows nor
     on the number of slots.
 
-    Made under `jax.set_mesh`, it divides heads, experts and the vocabulary. Pages, which any row may read, are whole along
-    the axes that divide rows; `rollout` divides rows, and so do sessions of their own on parts of the devices.
+    Made under `jax.set_mesh`, it divides heads, experts and the vocabulary. Pages, which any row may read, are whole
+    along the axes that divide rows: `rollout` divides rows, as would a session on each part of the devices.
 
     Args:
       model: the policy.

@@ -66,8 +66,8 @@ def row_spec(shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def split_rows(function: Callable, arrays: Any, num_rows: int) -> Callable:
-    """`split` of a function that goes along whole rows: of `arrays`, a tuple of what it takes, those with `num_rows` rows
-    are divided, and all of its results."""
+    """`split` of a function that goes along whole rows: among `arrays`, a tuple of what it takes, those with `num_rows`
+    rows are divided, and so are all of its results."""
     rows = row_spec((num_rows,))
     specs = jax.tree.map(lambda x: rows if x.shape[:1] == (num_rows,) else PartitionSpec(), arrays)
     return split(function, specs, rows)

@@ -1,4 +1,4 @@
-"""What else test_sharding.py runs on eight devices: kernels of rows, encoders, T5, adapters, a critic, sessions, packing."""
+"""What else test_sharding.py runs on eight devices: kernels of rows, encoders, adapters, critics, packing, sessions."""
 
 import functools
 
@@ -24,7 +24,7 @@ from jaxrl_llm.models import (
 from jaxrl_llm.sampling import lanes
 from tests.sampling.test_host import Echo, play
 from tests.sampling.worlds import MODEL
-from tests.train.on_eight_devices import BATCH, LENGTH, MESHES, MODELS, SIZES, TOLERANCE, assert_close, make_batch
+from tests.train.on_eight_devices import BATCH, LENGTH, MESHES, MODELS, TOLERANCE, assert_close, make_batch
 
 EACH_AXIS = [{"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"sequence": 4, "data": 2}, {"expert": 4, "data": 2}]
 
@@ -89,6 +89,21 @@ def test_kernels_of_rows(implementation, sizes):
     assert_close(got, expected)
 
 
+def test_a_tpu_is_handed_kernels_that_are_divided():
+    """A program for TPUs can be lowered anywhere, and a kernel that nobody divides is refused in that."""
+    encoder = make_encoder(ENCODERS["bert"])
+    params = jax.eval_shape(encoder.init, jax.random.key(0))
+    batch = make_batch() | {name: np.zeros((BATCH, LENGTH), np.float32) for name in ("logprobs", "old", "values")}
+    with jax.set_mesh(train.make_mesh({"data": 2, "sequence": 2, "tensor": 2})):
+        batch = train.shard_batch(batch)
+        for number, function in (
+            (3, lambda params, batch: scan_and_loss(None, batch)),  # a scan, its gradient, the loss with its gradient
+            (1, functools.partial(encoder_loss, encoder)),  # all layers are one function
+        ):
+            lowered = jax.jit(function).trace(params, batch).lower(lowering_platforms=("tpu",))
+            assert lowered.as_text().count("tpu_custom_call") == number
+
+
 # ------------------------------------------------------------------------------------------------------------- models
 
 ENCODERS = {
@@ -132,13 +147,15 @@ def test_encoders_and_t5(name, sizes):
     assert_close(on_mesh(sizes, jax.value_and_grad(loss), params, make_batch()), expected)
 
 
-@pytest.mark.parametrize("sizes", [slow(sizes) for sizes in (*MESHES.values(), {"data": 8})])
-@pytest.mark.parametrize("form", ["beside", "merged"])
-def test_an_adapter_alone_is_trained(form, sizes):
+ADAPTED = [(form, sizes, {}) for form in ("beside", "merged") for sizes in MESHES.values()]
+ADAPTED.append(("beside", {"sequence": 8}, {"batch": 2, "length": 2048}))
+
+
+@pytest.mark.parametrize(("form", "sizes", "shape"), [slow(*case) for case in ADAPTED])
+def test_an_adapter_alone_is_trained(form, sizes, shape):
     """The gradient by the adapter, the base outside of it: beside the matrices, and merged into them."""
-    if "expert" in sizes:
-        sizes = {"data": 2, "fsdp": 2, "expert": 2}
-    model, config = MODELS["dense"], LoraConfig(rank=2, targets=("query", "down"))
+    model, packed = MODELS["dense"], make_batch(**shape)
+    config = LoraConfig(rank=2, targets=("query", "down"))
     base = jax.jit(model.init)(jax.random.key(0))
     adapter = jax.tree.map(lambda x: x + 0.05, init_lora(jax.random.key(1), base, config))
 
@@ -152,9 +169,9 @@ def test_an_adapter_alone_is_trained(form, sizes):
         return jax.value_and_grad(loss)(both["lora"], both["base"], batch)
 
     both = {"base": base, "lora": adapter}
-    expected = jax.jit(gradient)(both, make_batch())
+    expected = jax.jit(gradient)(both, packed)
     assert min(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected)) > 10 * TOLERANCE
-    assert_close(on_mesh(sizes, gradient, both, make_batch()), expected)
+    assert_close(on_mesh(sizes, gradient, both, packed), expected)
 
 
 @pytest.mark.parametrize("sizes", [slow(sizes) for sizes in (*MESHES.values(), {"sequence": 4, "tensor": 2})])
@@ -209,7 +226,7 @@ def test_nothing_of_a_segment_is_seen_in_the_next_across_devices():
     """Other tokens in the first segment of each row, which ends on any of the four devices: not a bit of the log-probs
     of the other segments changes. (Within a segment, they do.)"""
     model, places = MODELS["dense"], np.arange(LENGTH)
-    ends = 2 * np.arange(BATCH)[:, None] + 2  # of the first segment, in all four parts of a row; three more are the next
+    ends = 2 * np.arange(BATCH)[:, None] + 2  # of the first segment, in any part of a row; the next has three tokens
     first = places < ends
     batch = make_batch() | {"segment_ids": np.where(first, 0, np.where(places < ends + 3, 1, 2)).astype(np.int32)}
     other = batch | {"tokens": np.where(first, (batch["tokens"] + 1) % 128, batch["tokens"])}
