@@ -101,6 +101,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "model.ffn_width": 11008,
             "model.remat": "full",
             "model.scan_layers": True,
+            "min_prompt": 1,  # no prefix computed once: layers of a pass with a cache are not computed again
             "max_length": 4096,
             "max_turn_tokens": 500,
             "max_searches": 4,
