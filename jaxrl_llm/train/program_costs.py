@@ -93,6 +93,8 @@ def _work_of(jaxpr: Any, machine: Machine) -> Work:
             total += machine.work(2.0 * math.prod(inputs[0].shape) * width / machine.experts, moved)
         elif name == "pallas_call":
             estimate = values.get("cost_estimate")
+            pairs = values.get("input_output_aliases", ())  # what is changed in place is not moved as a whole
+            moved -= sum(_bytes(inputs[a]) + _bytes(outputs[b]) for a, b in pairs)
             known = (0.0, moved) if estimate is None else (estimate.flops, estimate.bytes_accessed)
             total += machine.work(*known)
         elif name == "platform_index":

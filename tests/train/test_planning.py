@@ -103,6 +103,11 @@ def test_work_of_kernels_branches_and_parts():
     outside = 2 * 8 * 128 * 4
     assert count_work(chosen, {"x": x}, UNIT) == Work(70, 7 + outside, 70 + outside)
     assert count_work(chosen, {"x": x}, UNIT._replace(platform="cpu")).flops == 2 * 8 * 128 * 128
+
+    def in_place(x):
+        return pl.pallas_call(lambda a, b: None, out_shape=x, input_output_aliases={0: 0})(x)
+
+    assert count_work(in_place, {"x": x}, UNIT).bytes == outside
     mesh = AbstractMesh((4,), ("data",))
     spec = jax.P("data")
 
