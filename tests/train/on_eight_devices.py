@@ -155,7 +155,7 @@ def test_one_compilation_for_a_shape():
         train.make_mesh(MESHES["data"]),
     )
     with jax.set_mesh(devices):
-        state = train.shard_state(state, devices)
+        state = train.shard_state(jax.tree.map(jnp.copy, state), devices)  # donated: others use the state as well
         for _ in range(3):
             state, _ = step(state, train.shard_batch(make_batch(), devices))
     assert step._cache_size() == 1
