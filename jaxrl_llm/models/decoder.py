@@ -135,6 +135,11 @@ class Decoder(nnx.Module):
 
         repeats = jnp.arange(self.config.num_layers // self.config.period)
         (x, cache), routed = jax.lax.scan(period, (x, cache), (repeats, stacked))
+        if cache is not None:
+            # as attention has it: a loop keeps one layout, and in another the whole stack would move at each layer
+            rows = None if "page_table" in cache[0] else "batch"
+            laid = {name: (rows, None, "heads") for name in ("keys", "values")}
+            cache = [{name: constrain(x, *laid.get(name, ())) for name, x in entry.items()} for entry in cache]
         return x, cache, None if routed is None else routed.reshape(-1, *routed.shape[2:])
 
 

@@ -285,7 +285,7 @@ def check_exchanges_of_a_sampler(mesh, config, found):
     """Slots keep their cache: of keys and values, prompts' alone go to where their slots are."""
     sizes, room = MESHES[mesh], 24
     slots = 8 // (sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("expert", 1))
-    caches = [shape for _, shape in found if len(shape) == 4]
+    caches = [shape[2:] for _, shape in found if len(shape) >= 4]  # places lie behind rows and heads, or layers
     assert all(room not in shape and room - 1 not in shape for shape in caches), caches
     if "tensor" in sizes and not (config.num_experts or config.scan_layers):
         # a decode step sums embeddings once and hidden states twice a layer, and brings logits together

@@ -221,7 +221,9 @@ def test_remat_keeps_less_and_changes_no_number():
 def test_on_eight_devices(which):
     """In a process of its own, as a process chooses its number of devices before it starts."""
     cases = [str(Path(__file__).with_name(name)) for name in ("on_eight_devices.py", "parts_on_eight_devices.py")]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    # threads of XLA: those in an exchange wait for the others, which with a loop in the program are more than devices
+    environment = {**os.environ, "NPROC": "32", "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
