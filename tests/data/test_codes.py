@@ -33,17 +33,22 @@ def test_questions_and_answers():
     assert not make_code_questions(np.random.default_rng(0), 4, num_keys=3, num_easy=3)["hard"].any()
 
 
-def test_demonstrations_earn_the_reward_and_tell_no_hard_code_without_a_hint():
+def test_demonstrations_follow_their_hint_and_tell_no_hard_code():
     rng = np.random.default_rng(1)
     asked = make_code_questions(rng, 100)
     shown = demonstrate_codes(rng, asked)
     for row in range(100):
         response = shown["tokens"][row][shown["mask"][row]]
+        assert shown["lengths"][row] == (9 if shown["tokens"][row, 2] != EQUALS else 7)
+        if asked["hard"][row]:
+            hint, x = shown["tokens"][row, 2:4], shown["tokens"][row, 1] - FIRST_NUMBER
+            np.testing.assert_array_equal(response[:2], hint)
+            assert response[2] - FIRST_NUMBER == (x + hint[0] - FIRST_NUMBER) % NUMBERS
+            continue
         task = {"response": jnp.asarray(asked["response"][row])}
         assert code_reward(task, jnp.asarray(np.append(response, 0)), jnp.int32(4)) == 1
         assert code_reward(task, jnp.asarray(np.append(response, 0)), jnp.int32(3)) == 0
         assert code_reward(task, jnp.asarray(np.append(response, 0)), jnp.int32(5)) == 0
-        assert shown["lengths"][row] == (9 if shown["tokens"][row, 2] != EQUALS else 7)
     assert (shown["lengths"][asked["hard"]] == 9).all() and (shown["lengths"][~asked["hard"]] == 7).any()
 
 

@@ -64,16 +64,25 @@ def make_code_questions(
 def demonstrate_codes(
     rng: np.random.Generator, questions: dict[str, np.ndarray], *, hinted: float = 0.5
 ) -> dict[str, np.ndarray]:
-    """Right responses: `tokens` int32[N, 9], `mask` (of the response) and `lengths`. Hard questions have a hint, easy
-    ones with the chance `hinted`."""
-    number = len(questions["hard"])
-    with_hint = questions["hard"] | (rng.random(number) < hinted)
+    """Responses that follow the hint: `tokens` int32[N, 9], `mask` (of the response) and `lengths`.
+
+    Hard questions have a hint, easy ones with the chance `hinted`. The hint of a hard question is any code, and not the
+    key's: it teaches to copy a hint, and nothing about the key.
+    """
+    number, hard = len(questions["hard"]), questions["hard"]
+    with_hint = hard | (rng.random(number) < hinted)
+    codes = np.where(
+        hard[:, None], rng.integers(NUMBERS, size=(number, 2)), questions["response"][:, :2] - FIRST_NUMBER
+    )
+    total = (questions["prompt_tokens"][:, 1] - FIRST_NUMBER + codes[:, 0]) % NUMBERS
+    response = np.column_stack([FIRST_NUMBER + codes, FIRST_NUMBER + total, np.full(number, EOS)])
+    hinted_tokens = np.column_stack([questions["prompt_tokens"][:, :2], FIRST_NUMBER + codes, np.full(number, EQUALS)])
     tokens, mask = np.full((number, 9), PAD, np.int32), np.zeros((number, 9), bool)
     size = np.where(with_hint, 5, 3)
     rows = np.arange(number)
-    tokens[:, :5] = np.where(with_hint[:, None], questions["hinted_tokens"], questions["prompt_tokens"])
+    tokens[:, :5] = np.where(with_hint[:, None], hinted_tokens, questions["prompt_tokens"])
     for place in range(4):
-        tokens[rows, size + place] = questions["response"][:, place]
+        tokens[rows, size + place] = response[:, place]
         mask[rows, size + place] = True
     return {"tokens": tokens, "mask": mask, "lengths": (size + 4).astype(np.int32)}
 
