@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CheckpointError, NonFiniteError, DiskFullError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return failed
-    except Exception:
+    except Exception:  # What a page raises is no kill: the supervisor must not start it again.
         traceback.print_exc()
         return failed
     if is_writer():

@@ -95,15 +95,7 @@ def make_train_step(config: ConfigDict, agent: Agent, optimizer: optax.GradientT
         own = batch.rollout.mask & batch.mask
         return loss, metrics | {"kl": ops.masked_mean(kl, own), "entropy": ops.masked_mean(entropy, own)}
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        denominator = ops.loss_denominator(batch.mask, agg=config.agg)
-        loss, grads, metrics = train.accumulate_gradients(
-            partial(loss_fn, denominator=denominator), state.params, batch, config.micro_batches
-        )
-        state, norms = train.apply_gradients(state, grads, optimizer, loss)
-        return state, {"loss": loss, **metrics, **norms}
-
-    return step
+    return train.make_update(loss_fn, optimizer, agg=config.agg, micro_batches=config.micro_batches)
 
 
 def make_batch(config: ConfigDict, agent: Agent, state: TrainState, sampled: Rollout) -> Batch:

@@ -44,9 +44,7 @@ from jaxrl_llm.envs import SingleTurnEnv
 from jaxrl_llm.sampling import as_rollout, score_rollout
 from jaxrl_llm.types import Metrics, Params, Rollout, TrainState
 
-NEEDS_SCALE = (
-    "answers that a judge puts above the reference: 64.6% and 68.0%, against GRPO's 60.9% and 65.6%",
-)
+NEEDS_SCALE = ("answers that a judge puts above the reference: 64.6% and 68.0%, against GRPO's 60.9% and 65.6%",)
 
 
 class Pairs(NamedTuple):

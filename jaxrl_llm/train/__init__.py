@@ -36,6 +36,7 @@ from jaxrl_llm.train.state import (
     make_optimizer,
     make_policy_step,
     make_schedule,
+    make_update,
     mean_metrics,
 )
 from jaxrl_llm.train.supervised import make_sft_step
@@ -80,6 +81,7 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_schedule",
+    "make_update",
     "make_sft_step",
     "make_policy_step",
     "mean_metrics",

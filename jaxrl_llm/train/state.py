@@ -226,6 +226,27 @@ def accumulate_gradients(
     return total / denominator, grads, jax.tree.map(lambda metric: jnp.mean(metric, axis=0), metrics)
 
 
+def make_update(
+    loss_fn: Callable[[Params, PyTree, Float[Array, ""]], tuple[Float[Array, ""], Metrics]],
+    optimizer: optax.GradientTransformation,
+    *,
+    agg: Aggregation = "token",
+    max_len: int | None = None,
+    micro_batches: int = 1,
+) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
+    """`update(state, batch) -> (state, metrics)`: one update on one mini-batch; see `make_policy_step`."""
+
+    def update(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        denominator = loss_denominator(batch.mask, agg=agg, max_len=max_len)
+        loss, grads, metrics = accumulate_gradients(
+            lambda params, micro: loss_fn(params, micro, denominator), state.params, batch, micro_batches
+        )
+        state, norms = apply_gradients(state, grads, optimizer, loss)
+        return state, {"loss": loss, **metrics, **norms}
+
+    return update
+
+
 def make_policy_step(
     loss_fn: Callable[[Params, PyTree, Float[Array, ""]], tuple[Float[Array, ""], Metrics]],
     optimizer: optax.GradientTransformation,
@@ -246,14 +267,7 @@ def make_policy_step(
     Raises:
       ValueError: the rows do not divide into mini-batches and micro-batches.
     """
-
-    def update(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
-        denominator = loss_denominator(batch.mask, agg=agg, max_len=max_len)
-        loss, grads, metrics = accumulate_gradients(
-            lambda params, micro: loss_fn(params, micro, denominator), state.params, batch, micro_batches
-        )
-        state, norms = apply_gradients(state, grads, optimizer, loss)
-        return state, {"loss": loss, **metrics, **norms}
+    update = make_update(loss_fn, optimizer, agg=agg, max_len=max_len, micro_batches=micro_batches)
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         rows = batch.mask.shape[0]
