@@ -96,7 +96,7 @@ def build(config: ConfigDict) -> Parts:
         batch = Batch(sampled, sampled.mask, sampled.logprobs, advantages)
 
         if config.optimizer_reset:
-            state = dataclasses.replace(state, opt_state=optimizer.init(state.params))
+            state = dataclasses.replace(state, opt_state=train.init_optimizer(optimizer, state.params))
         state, updates = jax.lax.scan(lambda state, _: train_step(state, batch), state, length=config.epochs)
         success = jnp.mean(right.reshape(config.prompts, -1), axis=1, dtype=jnp.float32)
         record = state.memory.at[chosen].multiply(config.record_decay)

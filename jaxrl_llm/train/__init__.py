@@ -28,10 +28,11 @@ from jaxrl_llm.train.sharding import (
     state_shardings,
     use_mesh,
 )
-from jaxrl_llm.train.stages import PlateauStages, StageState
+from jaxrl_llm.train.stages import PlateauStages, Stage, StageState, run_stages
 from jaxrl_llm.train.state import (
     accumulate_gradients,
     apply_gradients,
+    init_optimizer,
     init_state,
     make_optimizer,
     make_policy_step,
@@ -44,6 +45,7 @@ from jaxrl_llm.train.tables import Claim, Table, better, find_metric, run_table,
 
 __all__ = [
     "PlateauStages",
+    "Stage",
     "StageState",
     "CheckpointError",
     "Checkpoints",
@@ -71,6 +73,7 @@ __all__ = [
     "finished_steps",
     "flatten",
     "from_json",
+    "init_optimizer",
     "init_state",
     "is_complete",
     "is_writer",
@@ -97,6 +100,7 @@ __all__ = [
     "read_summary",
     "rollout_programs",
     "run_page",
+    "run_stages",
     "run_table",
     "shard_batch",
     "shard_state",

@@ -104,12 +104,11 @@ def init_state(
     ref_params: Params | None = None,
     memory: PyTree | None = None,
 ) -> TrainState:
-    """The state before the first iteration. The optimizer's averages are in float32, whatever type the parameters are
-    of. `ref_params` is the frozen reference policy, where the algorithm has one,
+    """The state before the first iteration. `ref_params` is the frozen reference policy, where the algorithm has one,
     `memory` whatever else it carries from step to step."""
     state = TrainState(
         params=params,
-        opt_state=optimizer.init(jax.tree.map(_wide, params)),
+        opt_state=init_optimizer(optimizer, params),
         step=jnp.zeros((), jnp.int32),  # each count an array of its own: one buffer cannot be donated twice
         seed=jnp.asarray(seed, jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
@@ -118,6 +117,14 @@ def init_state(
         memory=memory,
     )
     return constrain_state(state)
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, params: Params) -> PyTree:
+    """The optimizer's state before its first update, with averages in float32 whatever type the parameters are of.
+
+    For `init_state`, and for algorithms that start the optimizer anew on their way.
+    """
+    return optimizer.init(jax.tree.map(_wide, params))
 
 
 def _wide(leaf: Array) -> Array:
