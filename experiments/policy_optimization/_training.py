@@ -183,15 +183,22 @@ def make_step(config: ConfigDict, loss_fn: Callable[..., Any], optimizer: optax.
     )
 
 
-def make_clip_step(config: ConfigDict, model: Model, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+def make_clip_step(
+    config: ConfigDict,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    acting: Callable[[Params], tuple[Model, Params]] | None = None,
+) -> Callable[..., Any]:
     """`step(state, batch) -> (state, metrics)`: PPO's clipped loss with the config's clips and mean; the k3
     estimate of the KL where `config.kl_coefficient` is not 0; the critic's loss where the batch has returns (token
-    mean, as then the policy's must be)."""
+    mean, as then the policy's must be). `acting(policy)` is what the rollouts were drawn from, where that is not the
+    model itself."""
 
     def loss_fn(params: Params, batch: Batch, denominator: Array) -> tuple[Array, Metrics]:
         mean: dict[str, Any] = {"agg": config.agg, "max_len": config.max_turn_tokens, "denominator": denominator}
         decoding = Decoding(**config.decoding)
-        logprobs, entropy = score_rollout(model, params["policy"], batch.rollout, mask=batch.mask, decoding=decoding)
+        sampler = acting(params["policy"]) if acting else (model, params["policy"])
+        logprobs, entropy = score_rollout(*sampler, batch.rollout, mask=batch.mask, decoding=decoding)
         loss, metrics = ops.ppo_clip_loss(
             logprobs,
             batch.old_logprobs,

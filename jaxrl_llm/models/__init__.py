@@ -27,6 +27,7 @@ from jaxrl_llm.models.heads import hidden_at, make_classifier_head, make_project
 from jaxrl_llm.models.hub import load, save
 from jaxrl_llm.models.lora import LoraConfig, add_lora, apply_lora, init_lora, load_lora, merge_lora, save_lora
 from jaxrl_llm.models.moe import load_balancing_loss
+from jaxrl_llm.models.nucleus import NucleusModel, nucleus_model
 from jaxrl_llm.models.pooling import pool_hidden
 from jaxrl_llm.models.previous_token import previous_token_head
 from jaxrl_llm.models.rotary import Rope
@@ -44,6 +45,7 @@ __all__ = [
     "EncoderModel",
     "LoraConfig",
     "Model",
+    "NucleusModel",
     "Rope",
     "Seq2SeqConfig",
     "Seq2SeqModel",
@@ -74,6 +76,7 @@ __all__ = [
     "make_seq2seq",
     "merge_ia3",
     "merge_lora",
+    "nucleus_model",
     "pool_hidden",
     "previous_token_head",
     "prompt_prefix",

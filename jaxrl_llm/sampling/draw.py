@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from jaxrl_kernels import sample_tokens
 from jaxrl_kernels.mesh import constrain, row_spec, split
 from jaxrl_llm.models.decoder import Model, output_logits
+from jaxrl_llm.models.nucleus import NucleusModel
 from jaxrl_llm.sampling.constraints import Constraint, allowed_tokens, next_states
 from jaxrl_llm.types import Decoding, Params
 
@@ -48,7 +49,8 @@ def draw_tokens(
       ValueError: the constraint is for another vocabulary, or comes without states.
     """
     # each device multiplies its part of the vocabulary; logits are brought together, not the head
-    logits = constrain(output_logits(model, params, hidden), "batch", "vocabulary")
+    predict = model.allowed_logits if isinstance(model, NucleusModel) else functools.partial(output_logits, model)
+    logits = constrain(predict(params, hidden), "batch", "vocabulary")
     rows = row_spec(hidden.shape[:1])
     sample = functools.partial(sample_tokens, **dataclasses.asdict(decoding))
     draw = split(sample, (rows, rows), (rows, rows))

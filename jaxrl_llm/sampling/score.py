@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.models.decoder import Model
+from jaxrl_llm.models.nucleus import NucleusModel
 from jaxrl_llm.ops.logprobs import token_logprobs
 from jaxrl_llm.sampling.constraints import Constraint, allowed_tokens, next_states, start_states
 from jaxrl_llm.types import Decoding, Params, Rollout
@@ -60,6 +61,10 @@ def score_rollout(
     elif constraint == "free":
         decoding = Decoding(temperature=decoding.temperature)
     hidden = rollout_hidden(model, params, rollout, group_size=group_size, shared_prefix=shared_prefix)
+    if isinstance(model, NucleusModel):
+        if constraint is not None:
+            raise ValueError("a rollout of a NucleusModel is scored without a constraint, got one")
+        hidden, allowed, states = model.split_hidden(params, hidden)
     # hidden[:, t] is the state that predicts tokens[:, t]
     return token_logprobs(
         hidden,
