@@ -69,6 +69,7 @@ def _model(vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, 
 
 
 MODELS = {  # as their config.json on the Hugging Face hub have it
+    "llama3.1-8b": _model(128256, 4096, 32, 32, 8, 14336),
     "qwen2.5-1.5b": _model(151936, 1536, 28, 12, 2, 8960),
     "qwen2.5-3b": _model(151936, 2048, 36, 16, 2, 11008),
     "qwen2.5-7b": _model(152064, 3584, 28, 28, 4, 18944),

@@ -268,6 +268,7 @@ class Parts(NamedTuple):
     init: Callable[[Params, jax.Array], TrainState]  # reference, seed; `params["policy"]` is the policy
     iteration: Callable[[TrainState], tuple[TrainState, Metrics]]
     describe: Callable[[Rollout, PyTree], Metrics] = lambda sampled, tasks: describe_rollout(sampled)  # held out
+    play_test: Callable[[Params], Rollout] | None = None  # None: one plain episode of each of the world's test tasks
 
 
 def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> tuple[TrainState, Params]:
@@ -278,11 +279,14 @@ def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> tuple[T
     Returns:
       The last state, and the policy that it started from.
     """
-    world, model, init, iteration, describe = parts
+    world, model, init, iteration, describe, play_test = parts
     reference = warm_start(config, model, world)
 
     def evaluate(policy: Params) -> tuple[Metrics, Array]:
-        sampled = play(config, model, policy, world, world.test_tasks, jax.random.key(1), 1)
+        if play_test is None:
+            sampled = play(config, model, policy, world, world.test_tasks, jax.random.key(1), 1)
+        else:
+            sampled = play_test(policy)
         entropy = score(model, policy, sampled)[1]
         metrics = {"entropy": ops.masked_mean(entropy, sampled.mask)} | describe(sampled, world.test_tasks)
         return metrics, sampled.rewards
