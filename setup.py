@@ -80,7 +80,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["jaxrl_llm", "jaxrl_llm.*"]) + find_packages("kernels"),
     package_dir={"jaxrl_kernels": "kernels/jaxrl_kernels"},
-    package_data={"jaxrl_llm": ["py.typed", "**/*.csv", "**/*.json", "**/*.safetensors", "**/*.md", "**/LICENSE*"]},
+    package_data={
+        "jaxrl_llm": [
+            "py.typed",
+            *(f"**/{name}" for name in ("*.csv", "*.json", "*.jsonl", "*.safetensors", "*.md", "LICENSE*")),
+        ]
+    },
     install_requires=CORE,
     extras_require={
         "dev": DEV,

@@ -5,11 +5,11 @@
     python -m experiments.plan --table
 
 The train step and the decode step are compiled ahead of time with libtpu; jaxrl_llm/train/planning.py says where each
-number comes from. `--config` takes what `experiments.run` takes; the page must have `programs(config)`. `--model` plans
-GRPO itself with a known model: 1,024 sequences a step, bfloat16 weights. Without a mesh in the config the axes are
-chosen. `--quick` lets the compiler optimize little: seconds instead of a minute or two, and a time that is the least
-possible instead of the compiler's estimate. `--table` plans so all models at 4k and 32k tokens on four topologies, in
-two processes, and writes results/plan/.
+number comes from. `--config` takes what `experiments.run` takes; the page must have `programs(config)` or
+`build(config)`. `--model` plans GRPO itself with a known model: 1,024 sequences a step, bfloat16 weights. Without a
+mesh in the config the axes are chosen. `--quick` lets the compiler optimize little: seconds instead of a minute or two,
+and a time that is the least possible instead of the compiler's estimate. `--table` plans so all models at 4k and 32k
+tokens on four topologies, in two processes, and writes results/plan/.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -100,6 +101,22 @@ def plan_model(name: str, context: int, topology: str, *, thorough: bool = True)
     )
 
 
+def page_programs(page: ModuleType, config: ConfigDict) -> dict[str, Program]:
+    """What a page would run: its `programs(config)`, or what follows from its `build(config)`.
+
+    Raises:
+      ValueError: it has neither.
+    """
+    if hasattr(page, "programs"):
+        return page.programs(config)
+    if hasattr(page, "build"):
+        return _training.programs(config, page.build(config))
+    raise ValueError(
+        f"{page.__name__} defines neither programs(config), which says what to compile and which search_r1 has, nor "
+        "build(config), which the pages of policy_optimization have"
+    )
+
+
 def plan_config(name: str, overrides: dict[str, Any], topology: str, *, thorough: bool = True) -> dict[str, Any]:
     """The report on a page, with the mesh of its config, or where that is of one device, with one that is chosen.
 
@@ -108,14 +125,12 @@ def plan_config(name: str, overrides: dict[str, Any], topology: str, *, thorough
     """
     files, arm = split_name(name)
     config, page = load_config(f"{ROOT / files.config}:{arm}", overrides), load_page(files)
-    if not hasattr(page, "programs"):
-        raise ValueError(f"{files.page} defines no programs(config), which says what to compile; search_r1 has one")
+    programs = page_programs(page, config)
     mesh, chips = dict(config.mesh), len(topology_devices(topology))
     if math.prod(mesh.values()) == 1:
         rows = config.prompts * config.group_size // config.mini_batches // config.micro_batches
         sizes = DecoderConfig(config.get("vocab_size") or 2, **config.model)
         mesh = choose_mesh(sizes, chip_of(topology), chips, length=config.max_length, rows=rows)
-    programs: dict[str, Program] = page.programs(config)
     return {"config": name} | plan(programs, topology, mesh, thorough=thorough)
 
 

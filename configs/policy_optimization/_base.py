@@ -18,7 +18,15 @@ def base_config(**changes: Any) -> dict[str, Any]:
     return {
         "seed": 0,
         "vocab_size": None,  # None: the world's
-        "model": {"width": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "ffn_width": 256},
+        "model": {
+            "width": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "ffn_width": 256,
+            "remat": "none",  # full: layers are computed again in the backward pass
+            "scan_layers": False,
+        },
         "decoding": {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0},
         "max_length": 16,
         "max_turns": 1,
@@ -65,6 +73,7 @@ TINY = {  # seconds, for tests; equal shapes on all pages, so that they share co
 
 def _model(vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, ffn: int, **more: Any) -> dict:
     sizes = {"width": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads, "ffn_width": ffn}
+    sizes |= {"remat": "full", "scan_layers": True}  # as a model of this size is trained
     return {"vocab_size": vocab_size} | {f"model.{name}": value for name, value in {**sizes, **more}.items()}
 
 

@@ -271,6 +271,32 @@ class Parts(NamedTuple):
     play_test: Callable[[Params], Rollout] | None = None  # None: one plain episode of each of the world's test tasks
 
 
+def programs(config: ConfigDict, parts: Parts) -> dict[str, train.Program]:
+    """What `experiments.plan` compiles for a page: an iteration, and a step of its sampler. In the iteration
+    the sampler's loop, whose length no compiler knows, counts once."""
+    made = step_programs(config, parts.model, parts.iteration, parts.init)
+    iteration = made["train"]._replace(function=parts.iteration, arguments={"state": made["train"].arguments["state"]})
+    return made | {"train": iteration}
+
+
+def step_programs(
+    config: ConfigDict, model: Model, step: Callable[..., Any], init: Callable[..., TrainState], **options: Any
+) -> dict[str, train.Program]:
+    """`train.rollout_programs` with the config's sizes: a train step on all rollouts of an iteration."""
+    return train.rollout_programs(
+        model,
+        step,
+        init,
+        rows=config.prompts * config.group_size,
+        length=config.max_length,
+        num_slots=config.num_slots,
+        max_turns=config.max_turns,
+        max_turn_tokens=config.max_turn_tokens,
+        decoding=Decoding(**config.decoding),
+        **options,
+    )
+
+
 def train_policy(config: ConfigDict, log: train.RunLog, parts: Parts) -> tuple[TrainState, Params]:
     """Warm start, then iterations until the steps are done. The summary has the held-out metrics of both policies (one
     sampled response a problem), and means over the run: success held out and in training, tokens a response, entropy

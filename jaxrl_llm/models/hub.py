@@ -351,6 +351,8 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     if not files or not files[0].is_file():
         if isinstance(tokenizer.backend, tokenizers.Tokenizer):
             tokenizer.backend.save(str(folder / "tokenizer.json"))
+            config = {**tokenizer.names, "chat_template": tokenizer.chat_template}
+            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         else:
             warnings.warn(f"saved without the tokenizer: {files[:1]} is not there any more", stacklevel=3)
 

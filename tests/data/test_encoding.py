@@ -183,7 +183,7 @@ def test_what_there_is_nothing_to_learn_from(tokenizer):
 
 
 def test_real_questions_token_exact_into_packed_rows(tokenizer):
-    path = Path(__file__).parent / "excerpts" / "gsm8k.jsonl"
+    path = Path(__file__).parents[2] / "jaxrl_llm" / "data" / "gsm8k" / "test.jsonl"
     records = read_records(path, "prompt_completion", columns={"prompt": "question", "completion": "answer"})
     encoded = tokenize_demonstrations(records, tokenizer, end_id=END, max_length=2048)
     packed = pack_best_fit(*encoded[:3], row_length=2048)

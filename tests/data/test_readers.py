@@ -12,7 +12,6 @@ import pytest
 from jaxrl_llm.data.readers import iterate_records, read_records
 from jaxrl_llm.data.records import KINDS, BadRow, lookup_passages, record
 
-EXCERPTS = Path(__file__).parent / "excerpts"
 USER, BLUE, GREEN = (
     {"role": "user", "content": "What color is the sky?"},
     {"role": "assistant", "content": "It is blue."},
@@ -297,8 +296,9 @@ def test_lookup_passages(tmp_path):
 
 
 def test_real_questions():
-    records = read_records(EXCERPTS / "gsm8k.jsonl", "question_answer")
-    lines = [json.loads(line) for line in (EXCERPTS / "gsm8k.jsonl").read_text().splitlines()]
+    path = Path(__file__).parents[2] / "jaxrl_llm" / "data" / "gsm8k" / "test.jsonl"
+    records = read_records(path, "question_answer")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert list(records) == [{"prompt": line["question"], "answers": [line["answer"]]} for line in lines]
 
 

@@ -12,7 +12,7 @@ from jaxrl_llm.models.chat import encode_chat, extend_chat, render_chat, text_be
 from jaxrl_llm.models.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parent / "golden" / "tokenizers"
-EXCERPTS = Path(__file__).parents[1] / "data" / "excerpts"
+ROOT = Path(__file__).parents[2]
 CHATML = load_tokenizer(FOLDER / "chatml")
 LLAMA = load_tokenizer(FOLDER / "llama")
 END = CHATML.special_ids["<|im_end|>"]
@@ -160,7 +160,7 @@ def test_special_tokens_that_swallow_white_space(tmp_path):
 
 
 def test_gsm8k_excerpt():
-    for line in (EXCERPTS / "gsm8k.jsonl").read_text().splitlines():
+    for line in (ROOT / "jaxrl_llm/data/gsm8k/test.jsonl").read_text().splitlines():
         row = json.loads(line)
         messages = conversation([(row["question"], row["answer"])])
         ids, mask = encode_chat(CHATML, messages)
@@ -194,7 +194,7 @@ def read_trace(row):
 
 def test_tool_trace_excerpt():
     """Whole, and put together turn by turn as a sampler does it."""
-    for line in (EXCERPTS / "toolrl.jsonl").read_text().splitlines():
+    for line in (ROOT / "tests/data/excerpts/toolrl.jsonl").read_text().splitlines():
         messages, tools = read_trace(json.loads(line))
         assert tools
         ids, mask = encode_chat(CHATML, messages, tools=tools)

@@ -176,7 +176,8 @@ def test_the_tokenizer_comes_along(kind, folder, tmp_path):
     # its files are gone: a fast tokenizer is written from memory, and a SentencePiece model is missed aloud
     if kind == "chatml":
         save(model, model.params, tmp_path / "again")
-        assert load(tmp_path / "again").tokenizer.encode(text) == ids
+        written = load(tmp_path / "again").tokenizer
+        assert written.encode(text) == ids and written.chat_template == model.tokenizer.chat_template
     else:
         with pytest.warns(UserWarning, match="saved without the tokenizer"):
             save(model, model.params, tmp_path / "again")

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_llm.rewards import boxed_containment_reward, math_equal
 
-EXCERPT = Path(__file__).parents[1] / "data" / "excerpts" / "gsm8k.jsonl"
+PROBLEMS = Path(__file__).parents[2] / "jaxrl_llm" / "data" / "gsm8k" / "test.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_math_equal(pred, gold, equal):
 
 def test_worked_answers_of_gsm8k():
     """Every worked solution is right by its own answer and wrong by another; all 8,792 rows were tried by hand."""
-    for line in EXCERPT.read_text().splitlines():
+    for line in PROBLEMS.read_text().splitlines():
         solution = json.loads(line)["answer"]
         gold = solution.rpartition("####")[2].strip()
         assert math_equal(solution, [gold]) == 1
