@@ -1,7 +1,7 @@
-"""What the search pages share: the geography world, a small agent that plays in it, its warm start, and the report of a
-run.
+"""What the search pages share: the geography world, a small agent that plays in it, its warm start, its optimizers,
+and the report of a run.
 
-A page writes what its paper adds: how a batch is made of rollouts, and the update.
+A page writes what its paper adds: how a batch is made of rollouts, and the loss.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
-from jaxrl_llm import ops, train
+from experiments.policy_optimization._training import make_optimizer
+from jaxrl_llm import distributed, ops, train
 from jaxrl_llm.data.packing import pack_sequences
 from jaxrl_llm.data.questions import read_questions
 from jaxrl_llm.data.worlds.demonstrations import demonstrations
@@ -125,6 +127,60 @@ def play(
         group_size=group_size,
         num_slots=config.num_slots,
         window=config.window,
+    )
+
+
+def play_batch(
+    config: ConfigDict, agent: Agent, world: World, params: Params, seed: jax.Array, number: jax.Array
+) -> tuple[Rollout, jax.Array]:
+    """The rollout of a number: episodes of tasks drawn with it, and the hops of each."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), number)
+    task_key, rollout_key = jax.random.split(key)
+    chosen = jax.random.choice(task_key, world.train_tasks.hops.shape[0], (config.prompts,), replace=False)
+    tasks = jax.tree.map(lambda x: x[chosen], world.train_tasks)
+    sampled = play(config, agent.policy, params, world.env, tasks, rollout_key, config.group_size)
+    return sampled, jnp.repeat(tasks.hops, config.group_size)
+
+
+def make_sample(config: ConfigDict) -> distributed.Sampler:
+    """What a process that samples needs: this one, or those of `config.distributed`."""
+    play_world = partial(play_batch, config, make_agent(config))
+    return distributed.device_sampler(jax.tree_util.Partial(play_world, make_world(config)), config.seed)
+
+
+def make_optimizers(config: ConfigDict) -> optax.GradientTransformation:
+    """One optimizer for the policy; for PPO another, with its own rate, for the critic."""
+    return make_optimizer(config, critic=config.algorithm == "ppo")
+
+
+def make_init(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation) -> Callable[..., TrainState]:
+    """`init(reference, seed) -> state`: the policy, and a critic for PPO, start from the reference."""
+
+    def init(reference: Params, seed: jax.Array) -> TrainState:
+        params = {"policy": reference}
+        if config.algorithm == "ppo":
+            params["critic"] = {"decoder": reference, "head": agent.init_head(jax.random.key(0))}
+        return train.init_state(params, optimizer, seed, ref_params=reference)
+
+    return init
+
+
+def step_programs(
+    config: ConfigDict, agent: Agent, step: Callable[..., Any], init: Callable[..., TrainState]
+) -> dict[str, train.Program]:
+    """`train.rollout_programs` with the config's sizes: `step` on a mini-batch."""
+    return train.rollout_programs(
+        agent.policy,
+        step,
+        init,
+        rows=config.prompts * config.group_size // config.mini_batches,
+        length=config.max_length,
+        num_slots=config.num_slots,
+        max_turns=config.max_searches + 1,
+        max_turn_tokens=config.max_turn_tokens,
+        decoding=Decoding(**config.decoding),
+        reference=True,
+        critic=config.algorithm == "ppo",
     )
 
 

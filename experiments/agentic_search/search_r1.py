@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -43,10 +42,13 @@ from experiments.agentic_search._geography import (
     describe_rollout,
     make_agent,
     make_evaluation,
+    make_init,
+    make_optimizers,
+    make_sample,
     make_world,
-    play,
     report,
     shared_prompt,
+    step_programs,
     warm_start,
 )
 from jaxrl_llm import distributed, ops, train
@@ -54,8 +56,8 @@ from jaxrl_llm.sampling import score_rollout
 from jaxrl_llm.types import Batch, Decoding, Metrics, Params, Rollout, TrainState
 
 
-def make_train_step(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """`step(state, batch) -> (state, metrics)`: one update on one mini-batch."""
+def make_loss(config: ConfigDict, agent: Agent) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """The loss of a mini-batch or a part of one, for `train.make_policy_step`."""
 
     def loss_fn(params: Params, batch: Batch, denominator: jax.Array) -> tuple[jax.Array, Metrics]:
         logprobs, entropy = score_rollout(
@@ -95,7 +97,7 @@ def make_train_step(config: ConfigDict, agent: Agent, optimizer: optax.GradientT
         own = batch.rollout.mask & batch.mask
         return loss, metrics | {"kl": ops.masked_mean(kl, own), "entropy": ops.masked_mean(entropy, own)}
 
-    return train.make_update(loss_fn, optimizer, agg=config.agg, micro_batches=config.micro_batches)
+    return loss_fn
 
 
 def make_batch(config: ConfigDict, agent: Agent, state: TrainState, sampled: Rollout) -> Batch:
@@ -130,41 +132,22 @@ def make_batch(config: ConfigDict, agent: Agent, state: TrainState, sampled: Rol
     return Batch(sampled, mask, old_logprobs, whitened, ref_logprobs, advantages + values, values, weights)
 
 
-def play_batch(
-    config: ConfigDict, agent: Agent, world: World, params: Params, seed: jax.Array, number: jax.Array
-) -> tuple[Rollout, jax.Array]:
-    """The rollout of a number: episodes of tasks drawn with it, and the hops of each."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), number)
-    task_key, rollout_key = jax.random.split(key)
-    chosen = jax.random.choice(task_key, world.train_tasks.hops.shape[0], (config.prompts,), replace=False)
-    tasks = jax.tree.map(lambda x: x[chosen], world.train_tasks)
-    sampled = play(config, agent.policy, params, world.env, tasks, rollout_key, config.group_size)
-    return sampled, jnp.repeat(tasks.hops, config.group_size)
-
-
-def make_sample(config: ConfigDict) -> distributed.Sampler:
-    """What a process that samples needs: this one, or those of `config.distributed`."""
-    play_world = partial(play_batch, config, make_agent(config))
-    return distributed.device_sampler(jax.tree_util.Partial(play_world, make_world(config)), config.seed)
-
-
 def make_update(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     """One turn of the algorithm, from what was sampled to the next state."""
-    train_step = make_train_step(config, agent, optimizer)
+    parts: dict[str, Any] = {name: config[name] for name in ("agg", "micro_batches", "mini_batches")}
+    train_step = train.make_policy_step(make_loss(config, agent), optimizer, **parts)
 
     def update(state: TrainState, samples: tuple[Rollout, jax.Array]) -> tuple[TrainState, Metrics]:
         sampled, hops = samples
-        batch = make_batch(config, agent, state, sampled)
-
-        mini_batches = jax.tree.map(lambda x: x.reshape(config.mini_batches, -1, *x.shape[1:]), batch)
-        state, updates = jax.lax.scan(train_step, state, mini_batches)
+        state, metrics = train_step(state, make_batch(config, agent, state, sampled))
+        mismatch = metrics.pop("first_ratio_error")
         informative = ops.dynamic_sampling_mask(sampled.rewards, sampled.group_ids, sampled.scorable)
         return dataclasses.replace(state, step=state.step + 1), {
-            **train.mean_metrics(updates),
+            **metrics,
             **describe_rollout(sampled, hops, config),
             "reward": jnp.mean(sampled.rewards),
             # before the first update the ratio is 1 but for rounding: sampler and trainer are the same model
-            "sampler_mismatch": jnp.maximum(updates["ratio_max"][0] - 1, 1 - updates["ratio_min"][0]),
+            "sampler_mismatch": mismatch,
             "informative_groups": jnp.mean(informative, dtype=jnp.float32),
             "tokens": jnp.sum(sampled.lengths),
         }
@@ -172,44 +155,11 @@ def make_update(config: ConfigDict, agent: Agent, optimizer: optax.GradientTrans
     return update
 
 
-def make_optimizers(config: ConfigDict) -> optax.GradientTransformation:
-    """One optimizer for the policy; for PPO another, with its own rate, for the critic."""
-    total = config.steps * config.mini_batches
-    policy = train.make_optimizer(config.optimizer, total_updates=total)
-    if config.algorithm == "grpo":
-        return policy
-    critic = train.make_optimizer(config.critic_optimizer, total_updates=total)
-    return optax.partition({"policy": policy, "critic": critic}, lambda params: {name: name for name in params})
-
-
-def make_init(config: ConfigDict, agent: Agent, optimizer: optax.GradientTransformation) -> Callable[..., TrainState]:
-    """`init(reference, seed) -> state`: the policy, and a critic for PPO, start from the reference."""
-
-    def init(reference: Params, seed: jax.Array) -> TrainState:
-        params = {"policy": reference}
-        if config.algorithm == "ppo":
-            params["critic"] = {"decoder": reference, "head": agent.init_head(jax.random.key(0))}
-        return train.init_state(params, optimizer, seed, ref_params=reference)
-
-    return init
-
-
 def programs(config: ConfigDict) -> dict[str, train.Program]:
     """What `experiments.plan` compiles: an update on a mini-batch, and a step of the sampler."""
     agent, optimizer = make_agent(config), make_optimizers(config)
-    return train.rollout_programs(
-        agent.policy,
-        make_train_step(config, agent, optimizer),
-        make_init(config, agent, optimizer),
-        rows=config.prompts * config.group_size // config.mini_batches,
-        length=config.max_length,
-        num_slots=config.num_slots,
-        max_turns=config.max_searches + 1,
-        max_turn_tokens=config.max_turn_tokens,
-        decoding=Decoding(**config.decoding),
-        reference=True,
-        critic=config.algorithm == "ppo",
-    )
+    step = train.make_update(make_loss(config, agent), optimizer, agg=config.agg, micro_batches=config.micro_batches)
+    return step_programs(config, agent, step, make_init(config, agent, optimizer))
 
 
 def check_config(config: ConfigDict) -> None:
