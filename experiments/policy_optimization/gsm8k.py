@@ -7,7 +7,7 @@ tokenizer; a group of answers is sampled against the host; `rewards.math_equal` 
 
     python -m experiments.run --config=gsm8k:paper --workdir=out/gsm8k
     python -m experiments.run --config=gsm8k:paper --config.checkpoint=Qwen/Qwen2.5-0.5B-Instruct --workdir=out/gsm8k \\
-        --config.train_data=train.jsonl --config.test_data=test.jsonl --config.prompts=64 --config.micro_batches=64
+        --config.train_data=train.jsonl --config.test_data=test.jsonl --config.prompts=64 --config.micro_batches=10
 
 Without a checkpoint (arms `small` and `tiny`) a small policy is made here, with byte pairs of the problems for a
 tokenizer, and first imitates worked answers. It has 84 of the 8,792 problems, and two layers cannot do arithmetic on
