@@ -45,6 +45,7 @@ ROWS, SLOTS = 1024, 1024  # sequences of a step, and side by side in the sampler
 # What the models' config.json have beside the sizes in MODELS.
 QWEN2: dict[str, Any] = {"attention_bias": True, "tie_embeddings": False}
 MORE = {"qwen2.5-1.5b": {**QWEN2, "tie_embeddings": True}, "qwen2.5-3b": {**QWEN2, "tie_embeddings": True}}
+MORE["llama3.1-8b"] = {"tie_embeddings": False}
 QWEN3_MOE: dict[str, Any] = {
     "width": 2048,
     "num_layers": 48,
