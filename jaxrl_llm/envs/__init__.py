@@ -10,6 +10,7 @@ from jaxrl_llm.envs.geography import (
     make_geography_host_env,
 )
 from jaxrl_llm.envs.protocols import AgentsEnv, DeviceEnv, HostEnv
+from jaxrl_llm.envs.rooms import RoomsEnv
 from jaxrl_llm.envs.single_turn import SingleTurnEnv
 from jaxrl_llm.envs.tool_env import ToolEnv, Trajectory, Turn
 from jaxrl_llm.envs.tool_protocols import (
@@ -39,6 +40,7 @@ __all__ = [
     "Parsed",
     "Protocol",
     "REACT",
+    "RoomsEnv",
     "SEARCH_R1",
     "SingleTurnEnv",
     "ToolEnv",
