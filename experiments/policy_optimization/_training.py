@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from jaxrl_llm import ops, train
@@ -21,8 +21,15 @@ from jaxrl_llm.data.packing import pack_sequences
 from jaxrl_llm.data.worlds import arithmetic
 from jaxrl_llm.envs import SingleTurnEnv
 from jaxrl_llm.models import DecoderConfig, Model, make_decoder, make_scalar_head
-from jaxrl_llm.sampling import rollout, rollout_hidden, score_rollout
+from jaxrl_llm.sampling import as_rollout, rollout, rollout_hidden, score_rollout
 from jaxrl_llm.types import Batch, Decoding, Metrics, Params, Rollout, TrainState
+
+
+class Rows(NamedTuple):
+    """Sequences to imitate, and which of their tokens."""
+
+    rollout: Rollout
+    mask: Bool[Array, "B T"]
 
 
 class World(NamedTuple):
@@ -123,20 +130,27 @@ def ppo_batch(
     return Batch(sampled, mask, sampled.logprobs, whitened, returns=returns, old_values=values)
 
 
-def draw_tasks(config: ConfigDict, tasks: PyTree, state: TrainState) -> tuple[PyTree, jax.Array]:
-    """`config.prompts` different problems for this step, and the step's key for what else is random."""
-    chosen, key = choose_problems(config, tasks, state)
+def draw_tasks(
+    config: ConfigDict, tasks: PyTree, state: TrainState, *, count: int | None = None
+) -> tuple[PyTree, jax.Array]:
+    """`config.prompts` (or `count`) different problems for this step, and the step's key for what else is random."""
+    chosen, key = choose_problems(config, tasks, state, count=count)
     return jax.tree.map(lambda leaf: leaf[chosen], tasks), key
 
 
 def choose_problems(
-    config: ConfigDict, tasks: PyTree, state: TrainState, probs: Float[Array, "N"] | None = None
+    config: ConfigDict,
+    tasks: PyTree,
+    state: TrainState,
+    probs: Float[Array, "N"] | None = None,
+    *,
+    count: int | None = None,
 ) -> tuple[Int[Array, "P"], jax.Array]:
     """Which problems the step takes, evenly or with the given probabilities, none twice; and the step's key."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.seed), state.step)
     task_key, key = jax.random.split(key)
     number = jax.tree.leaves(tasks)[0].shape[0]
-    return jax.random.choice(task_key, number, (config.prompts,), replace=False, p=probs), key
+    return jax.random.choice(task_key, number, (count or config.prompts,), replace=False, p=probs), key
 
 
 def play(
@@ -224,6 +238,27 @@ def make_clip_step(
         return loss, metrics | {"entropy": ops.masked_mean(entropy, batch.mask)}
 
     return make_step(config, loss_fn, optimizer)
+
+
+def make_imitation_step(config: ConfigDict, model: Model, optimizer: optax.GradientTransformation) -> Callable:
+    """`step(state, rows) -> (state, metrics)`: negative log-likelihood of the `Rows`' tokens, the config's mean."""
+
+    def loss_fn(params: Params, rows: Rows, denominator: Array) -> tuple[Array, Metrics]:
+        logprobs, _ = score_rollout(
+            model, params["policy"], rows.rollout, mask=rows.mask, decoding=rows.rollout.decoding
+        )
+        return ops.sft_loss(logprobs, rows.mask, agg=config.agg, denominator=denominator)
+
+    return make_step(config, loss_fn, optimizer)
+
+
+def as_rows(config: ConfigDict, shown: dict[str, np.ndarray]) -> Rows:
+    """Demonstrations (`tokens`, `mask`, `lengths`, no wider than `config.max_length`), for `make_imitation_step`."""
+    padded = [
+        jnp.pad(shown[name], ((0, 0), (0, config.max_length - shown[name].shape[1]))) for name in ("tokens", "mask")
+    ]
+    tokens, lengths = padded[0], jnp.asarray(shown["lengths"])
+    return Rows(as_rollout(tokens[:, :1], jnp.ones_like(lengths), tokens[:, 1:], lengths - 1), padded[1])
 
 
 def init_policy(
