@@ -11,6 +11,7 @@ from jaxrl_llm.train.config import (
     parse_overrides,
     to_json,
 )
+from jaxrl_llm.train.evaluate import forgetting
 from jaxrl_llm.train.figures import bar_chart, learning_curves, read_curve
 from jaxrl_llm.train.host_state import HostState
 from jaxrl_llm.train.interrupts import Interrupted, StopRequests
@@ -40,7 +41,7 @@ from jaxrl_llm.train.state import (
     make_update,
     mean_metrics,
 )
-from jaxrl_llm.train.supervised import make_sft_step
+from jaxrl_llm.train.supervised import make_sft_step, score_packed
 from jaxrl_llm.train.tables import Claim, Table, better, find_metric, run_table, summarize, write_table
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "find_metric",
     "finished_steps",
     "flatten",
+    "forgetting",
     "from_json",
     "init_optimizer",
     "init_state",
@@ -102,6 +104,7 @@ __all__ = [
     "run_page",
     "run_stages",
     "run_table",
+    "score_packed",
     "shard_batch",
     "shard_state",
     "stack_seeds",
