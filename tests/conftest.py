@@ -1,5 +1,6 @@
 """Settings that must hold before jax is imported, how hypothesis runs, and where coverage is measured."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -13,6 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Functions that run once, on a few numbers: to optimize their machine code takes longer than it saves, and to write
+# that of fused loops by way of MLIR longer still. What XLA does to a program before that stays as it is. With
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 and XLA_FLAGS=--xla_cpu_use_fusion_emitters=true all is compiled as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if importlib.metadata.version("jax").startswith("0.10."):  # a flag that an XLA does not know ends the process
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
 # Threads of XLA: those of an interpreted GPU kernel wait for each other, and with one for each of two cores forever.
 os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 

@@ -63,6 +63,7 @@ def base_config(**changes: Any) -> dict[str, Any]:
 
 TINY = {  # seconds, for tests; equal shapes on all pages, so that they share compiled functions
     "steps": 2,
+    "model.num_layers": 1,
     "warm_start.steps": 2,
     "warm_start.optimizer.warmup_updates": 0,
     "evaluate_every": 2,

@@ -31,6 +31,7 @@ def compile_interpreters_quickly(request):
     stands in for a GPU or a TPU. What runs on a CPU in earnest is compiled as ever."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     quick = str(parameters.get("implementation")).startswith("interpret")
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -225,7 +225,8 @@ print("equal")
 
 def test_ring_equals_the_joined_rows():
     """Three devices with a part of each row, packed, with a window and sinks; in a process that has three."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
+    devices = "--xla_force_host_platform_device_count=3"
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}", "JAX_PLATFORMS": "cpu"}
     kernels = Path(attention_tpu.__file__).parents[1]
     environment = {**os.environ, **flags, "PYTHONPATH": str(kernels)}
     done = subprocess.run([sys.executable, "-c", RING], env=environment, capture_output=True, text=True, timeout=120)

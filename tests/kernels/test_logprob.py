@@ -240,7 +240,8 @@ print("equal")
 
 def test_vocabulary_split_between_devices():
     """Four devices with a part of the vocabulary each, in a process that has four: one result, whole gradients."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    devices = "--xla_force_host_platform_device_count=4"
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}", "JAX_PLATFORMS": "cpu"}
     environment = {**os.environ, **flags, "PYTHONPATH": str(Path(logprob_xla.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", PARALLEL], env=environment, capture_output=True, text=True, timeout=120
