@@ -206,7 +206,9 @@ def test_candidates_are_turns_of_the_policy(params):
         table = jax.nn.log_softmax(full_logits(params, tokens) / 3.0)[:4]
         each = [table[np.arange(4), start - 1 + k, found.tokens[row, :, k]] for k in range(2)]
         expected = each[0] + np.where(found.lengths[row] > 1, each[1], 0.0)
-        np.testing.assert_allclose(found.logprobs[row], expected, atol=1e-4)  # a cache against a full pass
+        # a cache against a full pass: one rounding of the weights moves logits, which reach 33, by 1.5e-4 to 2.5e-3,
+        # and the temperature divides that by 3
+        np.testing.assert_allclose(found.logprobs[row], expected, atol=3e-4)
 
 
 def test_bad_input(params):
