@@ -9,6 +9,7 @@ from jaxrl_llm.rewards.format import (
     self_search_format_reward_ids,
     tag_trace_ok,
 )
+from jaxrl_llm.rewards.judges import Judged, judge_by_rubric, revise_rubric
 from jaxrl_llm.rewards.maths import boxed_containment_reward, math_equal
 from jaxrl_llm.rewards.parse import extract_boxed, extract_tag, extract_tags, parse_action
 from jaxrl_llm.rewards.qa import (
@@ -22,6 +23,7 @@ from jaxrl_llm.rewards.qa import (
 )
 
 __all__ = [
+    "Judged",
     "SEARCH_R1_GRAMMAR",
     "SELF_SEARCH_BLOCKS",
     "SELF_SEARCH_GRAMMAR",
@@ -32,11 +34,13 @@ __all__ = [
     "extract_boxed",
     "extract_tag",
     "extract_tags",
+    "judge_by_rubric",
     "math_equal",
     "normalize_answer",
     "parse_action",
     "plain_words",
     "retrieval_hit",
+    "revise_rubric",
     "self_search_format_reward",
     "self_search_format_reward_ids",
     "substring_match",
