@@ -295,6 +295,14 @@ def describe_rollout(sampled: Rollout) -> Metrics:
     }
 
 
+def describe_lengths(sampled: Rollout, tasks: PyTree) -> Metrics:
+    """`describe_rollout`, and how long right and wrong responses are."""
+    lengths = jnp.sum(sampled.mask, axis=1, dtype=jnp.float32)
+    right = sampled.rewards > 0
+    by_outcome = {"right": ops.masked_mean(lengths, right), "wrong": ops.masked_mean(lengths, ~right)}
+    return describe_rollout(sampled) | {f"tokens_{name}": value for name, value in by_outcome.items()}
+
+
 class Parts(NamedTuple):
     """What a page hands to `train_policy`; shapes of all of it can be had without running anything."""
 

@@ -31,7 +31,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from experiments.policy_optimization._training import (
@@ -40,6 +39,7 @@ from experiments.policy_optimization._training import (
     arithmetic_world,
     check_choice,
     critic_values,
+    describe_lengths,
     describe_rollout,
     draw_tasks,
     init_policy,
@@ -162,14 +162,6 @@ def make_iteration(
     return iteration
 
 
-def describe(sampled: Rollout, tasks: PyTree) -> Metrics:
-    """How long right and wrong responses are."""
-    lengths = jnp.sum(sampled.mask, axis=1, dtype=jnp.float32)
-    right = sampled.rewards > 0
-    by_outcome = {"right": ops.masked_mean(lengths, right), "wrong": ops.masked_mean(lengths, ~right)}
-    return describe_rollout(sampled) | {f"tokens_{name}": value for name, value in by_outcome.items()}
-
-
 def build(config: ConfigDict) -> Parts:
     check_choice("advantages", config.advantages, ADVANTAGES)
     check_choice("loss", config.loss, LOSSES)
@@ -178,7 +170,7 @@ def build(config: ConfigDict) -> Parts:
     optimizer = make_optimizer(config, critic=critic)
 
     iteration = make_iteration(config, model, world, optimizer)
-    return Parts(world, model, init_policy(config, optimizer, critic=critic), iteration, describe)
+    return Parts(world, model, init_policy(config, optimizer, critic=critic), iteration, describe_lengths)
 
 
 def run(config: ConfigDict, log: train.RunLog) -> None:

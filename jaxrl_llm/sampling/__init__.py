@@ -1,6 +1,7 @@
 """From parameters and prompts to rollouts, and back to their log-probabilities."""
 
 from jaxrl_llm.sampling.agents import agents_rollout
+from jaxrl_llm.sampling.branches import BegunEnv, branching_rollout
 from jaxrl_llm.sampling.calls import CallLimits
 from jaxrl_llm.sampling.constraints import (
     Constraint,
@@ -35,6 +36,7 @@ from jaxrl_llm.sampling.trees import (
 
 __all__ = [
     "Beams",
+    "BegunEnv",
     "CallLimits",
     "Constraint",
     "Context",
@@ -54,6 +56,7 @@ __all__ = [
     "allowed_tokens",
     "beam_search",
     "best_of_n",
+    "branching_rollout",
     "constrain",
     "first_positions",
     "host_rollout",
