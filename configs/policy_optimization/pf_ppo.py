@@ -15,7 +15,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         strategy="best_worst",  # best_worst, best_random, best, power, all
         group_size=5,
         keep=5,  # responses of a prompt that are trained on, drawn with the strategy's weights
-        error=1.0,  # size of the reward model's error where it is largest
+        error=0.5,  # size of the reward model's error where it is largest; at 1 a wrong answer may please it most
         lam=1.0,
         value_clip=0.2,
         critic_optimizer=train.optimizer_config(1e-3, warmup_updates=5),

@@ -1,9 +1,8 @@
 """PF-PPO: PPO on the samples whose rewards can be trusted, the best and the worst of several (arXiv 2409.06957).
 
 The paper (Policy Filtration for RLHF, 2024) claims that a reward model is more reliable at the ends of its range than
-in the middle, and that PPO on filtered samples of N = 5 responses a prompt beats PPO on all of them.
-Weights of a prompt's
-responses, from which as many are drawn as are trained on:
+in the middle, and that PPO on filtered samples of N = 5 responses a prompt beats PPO on all of them. Weights of a
+prompt's responses, from which as many are drawn as are trained on:
 
     best_worst     1 for the best and the worst, 0 for the others
     best_random    0.4 for the best, 0.1 for every other
@@ -13,7 +12,9 @@ responses, from which as many are drawn as are trained on:
 A strategy is to be chosen by R^2 between reward and true score over the samples that it keeps: `reward_r2`. The world
 is ours: sums whose answer may be near. With q the closeness of the answer to the right one (1 exact, 0 farthest), the
 reward model says `q + error (4 q (1 - q))^2 tanh(2 u)` with a liking u for each digit: its error is largest in the
-middle and the same every time, so that it does not average out. What counts is whether the answer is right.
+middle and the same every time, so that it does not average out. What counts is whether the answer is right. With an
+error of 1 instead of 0.5 some wrong answers please the reward model more than the right one: then every arm unlearns,
+from 0.26 to between 0.12 and 0.14.
 
     python -m experiments.sweep pf_ppo --table=main --vmap-seeds
 """
