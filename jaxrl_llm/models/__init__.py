@@ -29,7 +29,7 @@ from jaxrl_llm.models.lora import LoraConfig, add_lora, apply_lora, init_lora, l
 from jaxrl_llm.models.moe import load_balancing_loss
 from jaxrl_llm.models.nucleus import NucleusModel, nucleus_model
 from jaxrl_llm.models.pooling import pool_hidden
-from jaxrl_llm.models.previous_token import previous_token_head
+from jaxrl_llm.models.previous_token import induction_head, previous_token_head
 from jaxrl_llm.models.rotary import Rope
 from jaxrl_llm.models.sentence import Embedder, load_embedder
 from jaxrl_llm.models.seq2seq import Seq2SeqConfig, Seq2SeqModel, make_seq2seq, relative_position_buckets, shift_right
@@ -58,6 +58,7 @@ __all__ = [
     "encode_chat",
     "extend_chat",
     "hidden_at",
+    "induction_head",
     "init_ia3",
     "init_lora",
     "init_prefix",

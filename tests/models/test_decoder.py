@@ -10,6 +10,7 @@ import pytest
 from jaxrl_llm.models import (
     DecoderConfig,
     count_params,
+    induction_head,
     load_params,
     make_decoder,
     previous_token_head,
@@ -171,3 +172,23 @@ def test_long_context_takes_the_other_divisors():
     assert config.rope(0) == ropes[0] and config.rope(1) == ropes[1]
     config = dataclasses.replace(config, long_context=True)
     assert config.rope(0).divisors == (4.0,) * 16 and config.rope(1) == ropes[1]
+
+
+def test_induction_head_looks_at_what_followed_its_token():
+    """The state behind a token's second coming depends on what followed the first, and hardly on anything else."""
+    config = DecoderConfig(
+        vocab_size=50, width=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_width=64, rope_theta=1e6,
+        attention_bias=True,
+    )  # fmt: skip
+    model = make_decoder(config)
+    params = induction_head(jax.jit(model.init)(jax.random.key(0)), config, key=jax.random.key(1))
+    second = params["layers"]["1"]["attention"]["out"]
+    second["kernel"] = second["kernel"].at[32:].set(0)  # the other head
+    row = jax.random.permutation(jax.random.key(2), 40)[None]
+    row = row.at[0, 39].set(row[0, 10])
+    apply = jax.jit(model.apply)
+    hidden = apply(params, row)[0][0, 39]
+    moved = {place: jnp.abs(apply(params, row.at[0, place].set(45))[0][0, 39] - hidden).max() for place in (5, 11, 20)}
+    assert moved[11] > 0.1 and max(moved[5], moved[20]) < 0.2 * moved[11]  # matches by chance get the rest
+    with pytest.raises(ValueError, match="wants 2 layers"):
+        induction_head(params, dataclasses.replace(config, num_layers=1), key=jax.random.key(1))
