@@ -61,6 +61,14 @@ def base_config(**changes: Any) -> dict[str, Any]:
     }
 
 
+LONG_MODEL = base_config()["model"] | {  # looks things up in long windows: `jaxrl_llm.models.induction_head`
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "rope_theta": 1e6,
+    "attention_bias": True,
+}
+
+
 TINY = {  # seconds, for tests; equal shapes on all pages, so that they share compiled functions
     "steps": 2,
     "model.num_layers": 1,

@@ -41,6 +41,9 @@ class World(NamedTuple):
     stop_sequences: list[list[int]]
     vocab_size: int
     demonstrate: Callable[[np.random.Generator, int], dict[str, np.ndarray]]  # tokens, mask, lengths
+    prepare: Callable[[Model, Params], Params] = lambda model, params: (
+        params
+    )  # of freshly drawn weights, before all else
 
 
 def arithmetic_world(config: ConfigDict, reward: Callable[..., Array] = arithmetic.sum_reward) -> World:
@@ -78,7 +81,7 @@ def warm_start(config: ConfigDict, model: Model, world: World) -> Params:
     """
     warm = config.warm_start
     if not warm.steps:
-        return model.init(jax.random.key(warm.seed))
+        return world.prepare(model, model.init(jax.random.key(warm.seed)))
     optimizer = train.make_optimizer(warm.optimizer, total_updates=warm.steps)
     rng = np.random.default_rng(warm.seed)
     batches = []
@@ -88,7 +91,7 @@ def warm_start(config: ConfigDict, model: Model, world: World) -> Params:
 
     @jax.jit
     def fit(batches: dict[str, Array]) -> Params:
-        state = train.init_state(model.init(jax.random.key(warm.seed)), optimizer, warm.seed)
+        state = train.init_state(world.prepare(model, model.init(jax.random.key(warm.seed))), optimizer, warm.seed)
         step = train.make_sft_step(model, optimizer)
         return jax.lax.scan(lambda state, batch: (step(state, batch)[0], None), state, batches)[0].params
 
