@@ -37,7 +37,7 @@ def get_config(arm: str = "small") -> ConfigDict:
     )
     arms: dict[str, dict] = {
         "small": {},
-        "tiny": TINY,
+        "tiny": TINY | {"model.num_layers": 2},  # an induction head has two
         "paper": {
             **MODELS["qwen2.5-7b"],
             "model.attention_bias": True,

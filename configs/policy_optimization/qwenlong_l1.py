@@ -36,7 +36,7 @@ def get_config(arm: str = "small") -> ConfigDict:
     )
     arms: dict[str, dict] = {
         "small": {},
-        "tiny": TINY | {"phase_starts": (0, 1)},
+        "tiny": TINY | {"phase_starts": (0, 1), "model.num_layers": 2},  # an induction head has two
         "paper": {
             **MODELS["qwen2.5-32b"],
             "model.attention_bias": True,
