@@ -1,4 +1,4 @@
-"""ROSE on ways from a number to another.
+"""ROSE on ways from 0 to a number.
 
 `small` (default): a minute or two an arm on two CPU cores, for three seeds. `tiny`: seconds, for tests. `paper`:
 Qwen2.5-7B's sizes in place of Qwen3-8B.
@@ -21,7 +21,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         agg="const",
         kl_coefficient=0.001,
         group_size=10,
-        max_length=13,
+        max_length=12,
         world={"train_problems": 2000, "test_problems": 256, "wrong": 0.6},
         **{"steps": 120},
     )

@@ -12,8 +12,8 @@ begins anew with probability eps, else it keeps what lies before the token of th
     loss       PPO-clip, sum over tokens / constant, + 0.001 k3 KL; groups without spread are left out
 
 The released score has -cos for (1 - cos): where cosines are positive, it is largest at tokens that are nearly certain.
-Ours is never negative [our choice]. "entropy" branches at the largest H. The world is ours: steps from a number to
-another, where each operator has four spellings, so that much of the entropy is no difference in meaning. Branching arms
+Ours is never negative [our choice]. "entropy" branches at the largest H. The world is ours: steps from 0 to a number,
+where each operator has four spellings, so that much of the entropy is no difference in meaning. Branching arms
 have more rollouts a group, as a branch does not make its prefix anew: about as many generated tokens as GRPO.
 
     python -m experiments.sweep rose --table=main --vmap-seeds
@@ -58,7 +58,7 @@ FORMS = ("dissimilarity", "released", "entropy", "none")
 
 
 def expression_world(config: ConfigDict) -> World:
-    """Ways from a number to another."""
+    """Ways from 0 to a number."""
 
     def tasks(seed: int, number: int) -> dict[str, Array]:
         return jax.tree.map(jnp.asarray, expressions.make_expression_tasks(np.random.default_rng(seed), number))

@@ -18,7 +18,7 @@ from jaxrl_llm.data.worlds.expressions import (
 )
 
 PLUS, MINUS, TIMES = FIRST_OPERATOR, FIRST_OPERATOR + 4, FIRST_OPERATOR + 8
-TASK = {"start": jnp.int32(3), "target": jnp.int32(9)}
+TASK = {"target": jnp.int32(9)}
 reward = jax.jit(jax.vmap(expression_reward, (None, 0, 0)))
 
 
@@ -28,15 +28,15 @@ def n(value):
 
 def test_rewards_by_hand():
     answers = [
-        [PLUS, n(1), PLUS + 3, n(5), FIRST_END],
-        [TIMES, n(4), MINUS + 1, n(3), FIRST_END + 1],  # 12 - 3
-        [MINUS, n(5), PLUS, n(11), FIRST_END],  # -2 + 11
-        [PLUS, n(1), PLUS, n(5)],  # no end
-        [PLUS, n(6), FIRST_END],  # one step
-        [PLUS, n(1), PLUS, n(4), FIRST_END],
-        [n(1), PLUS, PLUS, n(5), FIRST_END],
-        [PLUS, n(1), PLUS, n(1), PLUS, n(1), PLUS, n(3), FIRST_END],
-        [PLUS, n(1), PLUS, n(1), PLUS, n(1), PLUS, n(1), PLUS, n(2), FIRST_END],  # five
+        [PLUS, n(2), PLUS + 3, n(7), FIRST_END],
+        [PLUS, n(3), TIMES, n(4), MINUS + 1, n(3), FIRST_END + 1],  # 12 - 3
+        [MINUS, n(5), PLUS, n(1), FIRST_END],  # -4 modulo 13
+        [PLUS, n(2), PLUS, n(7)],  # no end
+        [PLUS, n(9), FIRST_END],  # one step
+        [PLUS, n(2), PLUS, n(6), FIRST_END],
+        [n(2), PLUS, PLUS, n(7), FIRST_END],
+        [PLUS, n(1), PLUS, n(1), PLUS, n(1), PLUS, n(6), FIRST_END],
+        [PLUS, n(1), PLUS, n(1), PLUS, n(1), PLUS, n(1), PLUS, n(5), FIRST_END],  # five
     ]
     tokens = jnp.array([answer + [FIRST_END] * (12 - len(answer)) for answer in answers])
     lengths = jnp.array([len(answer) for answer in answers])
@@ -51,10 +51,10 @@ def test_meaning_has_no_spelling():
 
 def test_demonstrations():
     shown = demonstrate_expressions(np.random.default_rng(0), 200, wrong=0.0)
-    start, target = (jnp.asarray(shown["tokens"][:, place] - FIRST_NUMBER) for place in (0, 1))
-    answers, lengths = jnp.asarray(shown["tokens"][:, 3:]), jnp.asarray(shown["lengths"] - 3)
-    every = jax.jit(jax.vmap(expression_reward))({"start": start, "target": target}, answers, lengths)
-    assert np.all(every == 1) and shown["tokens"].max() < VOCAB_SIZE and np.all(shown["tokens"][:, 2] == EQUALS)
+    target = jnp.asarray(shown["tokens"][:, 0] - FIRST_NUMBER)
+    answers, lengths = jnp.asarray(shown["tokens"][:, 2:]), jnp.asarray(shown["lengths"] - 2)
+    every = jax.jit(jax.vmap(expression_reward))({"target": target}, answers, lengths)
+    assert np.all(every == 1) and shown["tokens"].max() < VOCAB_SIZE and np.all(shown["tokens"][:, 1] == EQUALS)
     np.testing.assert_array_equal(shown["mask"].sum(1), lengths)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         make_expression_tasks(np.random.default_rng(0), 0)

@@ -1,4 +1,4 @@
-"""Ways from a number to another: `3 9 =` asks for steps such as `+ 1 - 8 .` that lead from 3 to 9 modulo 13.
+"""Ways to a number: `9 =` asks for steps such as `+ 2 - 6 .` that lead from 0 to 9 modulo 13.
 
 There are many right answers, and each operator, as well as the end, has several spellings that mean the same.
 """
@@ -21,21 +21,20 @@ LONGEST = 2 * MOST_STEPS + 1
 
 
 def make_expression_tasks(rng: np.random.Generator, number: int) -> dict[str, np.ndarray]:
-    """Where to start and where to get to: `prompt_tokens` int32[number, 3], `prompt_length`, `start` and `target`.
+    """Where to get to from 0: `prompt_tokens` int32[number, 2], `prompt_length` and `target`.
 
     Raises:
       ValueError: `number` below 1.
     """
     if number < 1:
         raise ValueError(f"number must be at least 1, got {number}")
-    ends = rng.integers(MODULUS, size=(number, 2)).astype(np.int32)
-    prompts = np.pad(FIRST_NUMBER + ends, ((0, 0), (0, 1)), constant_values=EQUALS)
-    lengths = np.full(number, 3, np.int32)
-    return {"prompt_tokens": prompts, "prompt_length": lengths, "start": ends[:, 0], "target": ends[:, 1]}
+    target = rng.integers(MODULUS, size=number).astype(np.int32)
+    prompts = np.stack([FIRST_NUMBER + target, np.full(number, EQUALS, np.int32)], axis=1)
+    return {"prompt_tokens": prompts, "prompt_length": np.full(number, 2, np.int32), "target": target}
 
 
 def demonstrate_expressions(rng: np.random.Generator, number: int, *, wrong: float) -> dict[str, np.ndarray]:
-    """Answers in turn with plus and minus: `tokens` int32[N, 12], `mask` (of the answer) and `lengths`.
+    """Answers in turn with plus and minus: `tokens` int32[N, 11], `mask` (of the answer) and `lengths`.
 
     Two to four steps, all but the last by 1 to 3, the last to the target, or with the chance `wrong` by any number.
     Spellings are coin flips.
@@ -46,7 +45,7 @@ def demonstrate_expressions(rng: np.random.Generator, number: int, *, wrong: flo
     signs = np.where(np.arange(MOST_STEPS) % 2, -1, 1)
     last = np.arange(MOST_STEPS) == steps[:, None] - 1
     so_far = np.where(np.arange(MOST_STEPS) < steps[:, None] - 1, signs * numbers, 0).sum(axis=1)
-    needed = ((tasks["target"] - tasks["start"] - so_far)[:, None] * signs) % MODULUS
+    needed = ((tasks["target"] - so_far)[:, None] * signs) % MODULUS
     needed = np.where(rng.random((number, 1)) < wrong, rng.integers(MODULUS, size=(number, 1)), needed)
     numbers = np.where(last, needed, numbers)
     text = np.full((number, LONGEST), PAD)
@@ -56,9 +55,9 @@ def demonstrate_expressions(rng: np.random.Generator, number: int, *, wrong: flo
     places, ends = np.arange(LONGEST), FIRST_END + rng.integers(ENDS, size=(number, 1))
     text = np.where(places < 2 * steps[:, None], text, np.where(places == 2 * steps[:, None], ends, PAD))
     tokens = np.concatenate([tasks["prompt_tokens"], text], axis=1).astype(np.int32)
-    lengths = (4 + 2 * steps).astype(np.int32)
+    lengths = (3 + 2 * steps).astype(np.int32)
     inside = np.arange(tokens.shape[1])
-    return {"tokens": tokens, "mask": (inside >= 3) & (inside < lengths[:, None]), "lengths": lengths}
+    return {"tokens": tokens, "mask": (inside >= 2) & (inside < lengths[:, None]), "lengths": lengths}
 
 
 def collapse_spellings(tokens: Int[Array, "... L"]) -> Int[Array, "... L"]:
@@ -80,7 +79,7 @@ def meaning_ids(tokens: Int[Array, "... L"], lengths: Int[Array, "..."]) -> Int[
 def expression_reward(task: dict[str, Any], tokens: Int[Array, "L"], length: Int[Array, ""]) -> Float[Array, ""]:
     """1 for two to four steps that lead to the target, and an end; else 0."""
     words = collapse_spellings(tokens)
-    value, valid = task["start"], (length % 2 == 1) & (length >= 5) & (length <= LONGEST)
+    value, valid = jnp.int32(0), (length % 2 == 1) & (length >= 5) & (length <= LONGEST)
     for step in range(min(MOST_STEPS, (tokens.shape[0] - 1) // 2)):
         operator, number = words[2 * step], words[2 * step + 1] - FIRST_NUMBER
         there = 2 * step + 1 < length
