@@ -23,7 +23,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         group_size=10,
         max_length=12,
         world={"train_problems": 2000, "test_problems": 256, "wrong": 0.6},
-        **{"steps": 120},
+        **{"steps": 80},
     )
     arms: dict[str, dict] = {
         "small": {},
