@@ -23,7 +23,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         mini_batches=1,
         steps=60,
         evaluate_every=15,
-        optimizer=train.optimizer_config(3e-4, warmup_updates=3),
+        optimizer=train.optimizer_config(1e-4, warmup_updates=3),
         warm_start=base_config()["warm_start"] | {"steps": 200, "rows": 16, "row_length": 136},
         world={
             "train": {"windows": (64, 192), "mix": {"qa": 1.0}},
