@@ -35,7 +35,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         },
     )
     tiny = {
-        "stages": ("sft", "agentic"),
+        "stages": ("agentic",),
         "sft_steps": 2,
         "sft_rows": 16,
         "world.num_known": 9,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 from ml_collections import ConfigDict
 
 from jaxrl_llm import ops, train
@@ -21,15 +21,8 @@ from jaxrl_llm.data.packing import pack_sequences
 from jaxrl_llm.data.worlds import arithmetic
 from jaxrl_llm.envs import SingleTurnEnv
 from jaxrl_llm.models import DecoderConfig, Model, make_decoder, make_scalar_head
-from jaxrl_llm.sampling import as_rollout, rollout, rollout_hidden, score_rollout
+from jaxrl_llm.sampling import rollout, rollout_hidden, score_rollout
 from jaxrl_llm.types import Batch, Decoding, Metrics, Params, Rollout, TrainState
-
-
-class Rows(NamedTuple):
-    """Sequences to imitate, and which of their tokens."""
-
-    rollout: Rollout
-    mask: Bool[Array, "B T"]
 
 
 class World(NamedTuple):
@@ -241,27 +234,6 @@ def make_clip_step(
         return loss, metrics | {"entropy": ops.masked_mean(entropy, batch.mask)}
 
     return make_step(config, loss_fn, optimizer)
-
-
-def make_imitation_step(config: ConfigDict, model: Model, optimizer: optax.GradientTransformation) -> Callable:
-    """`step(state, rows) -> (state, metrics)`: negative log-likelihood of the `Rows`' tokens, the config's mean."""
-
-    def loss_fn(params: Params, rows: Rows, denominator: Array) -> tuple[Array, Metrics]:
-        logprobs, _ = score_rollout(
-            model, params["policy"], rows.rollout, mask=rows.mask, decoding=rows.rollout.decoding
-        )
-        return ops.sft_loss(logprobs, rows.mask, agg=config.agg, denominator=denominator)
-
-    return make_step(config, loss_fn, optimizer)
-
-
-def as_rows(config: ConfigDict, shown: dict[str, np.ndarray]) -> Rows:
-    """Demonstrations (`tokens`, `mask`, `lengths`, no wider than `config.max_length`), for `make_imitation_step`."""
-    padded = [
-        jnp.pad(shown[name], ((0, 0), (0, config.max_length - shown[name].shape[1]))) for name in ("tokens", "mask")
-    ]
-    tokens, lengths = padded[0], jnp.asarray(shown["lengths"])
-    return Rows(as_rollout(tokens[:, :1], jnp.ones_like(lengths), tokens[:, 1:], lengths - 1), padded[1])
 
 
 def init_policy(

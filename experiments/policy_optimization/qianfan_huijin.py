@@ -21,9 +21,7 @@ sums are polite) and general (copying); `gain` is what a capability's own stage 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,25 +29,18 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from experiments.policy_optimization._training import (
-    Rows,
-    World,
+from experiments.policy_optimization._stages import (
+    Pipeline,
     as_rows,
-    check_choice,
-    describe_rollout,
-    draw_tasks,
-    make_clip_step,
-    make_imitation_step,
-    make_optimizer,
-    make_policy,
-    play,
-    score,
-    warm_start,
+    grpo_stage,
+    imitation_stage,
+    run_pipeline,
+    stage_programs,
 )
-from jaxrl_llm import ops, train
+from experiments.policy_optimization._training import World, check_choice, make_policy, play
+from jaxrl_llm import train
 from jaxrl_llm.data.worlds import ledger
-from jaxrl_llm.models import Model
-from jaxrl_llm.types import Batch, Metrics, TrainState
+from jaxrl_llm.types import Metrics, TrainState
 
 KIND = "pipeline"
 NEEDS_SCALE = ("the best of its size on several finance benchmarks",)
@@ -62,15 +53,6 @@ STAGES = {
     "agentic": "agentic",
     "general": "style",
 }
-
-
-class Pipeline(NamedTuple):
-    """What is trained, in which stages, and how it is looked at."""
-
-    world: World
-    model: Model
-    stages: list[train.Stage]
-    evaluate: Callable[[TrainState], Metrics]
 
 
 def ledger_world(config: ConfigDict) -> tuple[World, dict[str, PyTree], tuple[str, ...]]:
@@ -125,32 +107,6 @@ def make_pipeline(config: ConfigDict) -> Pipeline:
     model = make_policy(config, world)
     paid = {"agentic": {"call_cost": config.call_cost}, "general": {"style_share": config.style_share}}
 
-    def supervised(name: str) -> train.Stage:
-        optimizer = train.make_optimizer(config.sft_optimizer, total_updates=config.sft_steps)
-        step = make_imitation_step(config, model, optimizer)
-
-        def iteration(state: TrainState, rows: Rows) -> tuple[TrainState, Metrics]:
-            return step(state, draw_tasks(config, rows, state, count=config.sft_rows)[0])
-
-        return train.Stage(name, iteration, data[name], config.sft_steps, optimizer)
-
-    def reinforced(name: str) -> train.Stage:
-        stage_world = world._replace(env=world.env._replace(**paid.get(name, {})))
-        optimizer = make_optimizer(config)
-        step = make_clip_step(config, model, optimizer)
-
-        def iteration(state: TrainState, tasks: PyTree) -> tuple[TrainState, Metrics]:
-            tasks, key = draw_tasks(config, tasks, state)
-            sampled = play(config, model, state.params["policy"], stage_world, tasks, key, config.group_size)
-            mask = sampled.mask & sampled.scorable[:, None]
-            advantages = ops.grpo_advantages(sampled.rewards, sampled.group_ids, mask, valid=sampled.scorable)
-            ref = None if state.ref_params is None else score(model, state.ref_params["policy"], sampled)[0]
-            state, metrics = step(state, Batch(sampled, mask, sampled.logprobs, advantages, ref))
-            return state, {**metrics, **describe_rollout(sampled)}
-
-        reference: Any = "start" if config.kl_coefficient else None
-        return train.Stage(name, iteration, data[name], config.steps, optimizer, reference)
-
     def evaluate(state: TrainState) -> Metrics:
         sampled = play(config, model, state.params["policy"], world, world.test_tasks, jax.random.key(1), 1)
         right = sampled.rewards.reshape(len(parts), -1)
@@ -158,21 +114,28 @@ def make_pipeline(config: ConfigDict) -> Pipeline:
         found = dict(zip(parts, jnp.mean(right, axis=1), strict=True))
         return found | {"style": jnp.mean(polite[parts.index("reasoning")], dtype=jnp.float32)}
 
-    stages = [(supervised if name in ("pretraining", "sft") else reinforced)(name) for name in config.stages]
-    return Pipeline(world, model, stages, evaluate)
+    def stage(name: str) -> train.Stage:
+        if name in ("pretraining", "sft"):
+            return imitation_stage(config, model, name, data[name])
+        stage_world = world._replace(env=world.env._replace(**paid.get(name, {})))
+        return grpo_stage(config, model, name, stage_world, data[name])
+
+    return Pipeline(world, model, [stage(name) for name in config.stages], evaluate)
+
+
+def programs(config: ConfigDict) -> dict[str, train.Program]:
+    """The agentic stage, for `experiments.plan`."""
+    return stage_programs(config, make_pipeline(config), "agentic")
 
 
 def run(config: ConfigDict, log: train.RunLog) -> None:
     """The stages one after another, then what each of them gained."""
-    world, model, stages, evaluate = make_pipeline(config)
-    params = {"policy": warm_start(config, model, world)}
-    _, table = train.run_stages(params, stages, log=log, evaluate=evaluate)
+    table = run_pipeline(config, log, make_pipeline(config))
     rows = list(table)
     gains = {name: np.zeros(np.shape(table["start"]["knowledge"])) for name in STAGES}
-    for before, name in zip(rows, rows[1:], strict=False):
+    for before, name in itertools.pairwise(rows):
         gains[name] = np.subtract(table[name][STAGES[name]], table[before][STAGES[name]])
-    minutes = round((time.perf_counter() - log.opened) / 60, 2)
-    log.summary({"after": table, "final": table[rows[-1]], "gain": gains, "minutes": minutes})
+    log.summary({"gain": gains})
 
 
 ALL = tuple(STAGES)
