@@ -11,8 +11,7 @@ that the iteration started from, and `rbar` the mean reward of the prompt's resp
 
 There is no clip and no deviation. Several updates are made on one batch; then the policy becomes the reference and
 the optimizer starts anew. Choices of ours, as the paper gives no numbers: tau = 0.1, 0.5 for the length reward's weight
-and for the decay of a problem's record. Its partial rollouts are rows of `jaxrl_llm.sampling.Session`, which go on
-under newer weights with each token's version.
+and for the decay of a problem's record. Its partial rollouts are `jaxrl_llm.sampling.PartialRolloutBuffer`.
 
     python -m experiments.sweep kimi_k1_5 --table=off_policy --vmap-seeds
 """
@@ -26,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
 
 from experiments.policy_optimization._training import (
@@ -49,6 +48,25 @@ from jaxrl_llm.types import Batch, Decoding, Metrics, Params, TrainState
 NEEDS_SCALE = (
     "AIME 77.5, MATH500 96.2 and Codeforces 94th percentile with long chains; 60.8 and 94.6 with short ones",
 )
+
+
+def long2short_pairs(
+    lengths: Int[Array, "P G"], correct: Bool[Array, "P G"], *, ratio: float = 1.5
+) -> tuple[Int[Array, "P"], Bool[Array, "P G"]]:
+    """Pairs of responses that teach a model of long chains to be short, for DPO: of each prompt the shortest right one
+    is chosen (-1: none is right), and rejected are the longer ones that are wrong or more than `ratio` times as long.
+
+    Raises:
+      ValueError: `ratio` below 1.
+    """
+    if ratio < 1:
+        raise ValueError(f"ratio={ratio} must be at least 1: what is rejected is longer than what is chosen")
+    groups = jnp.repeat(jnp.arange(lengths.shape[0]), lengths.shape[1])
+    rows = ops.shortest_correct(lengths.ravel(), correct.ravel(), groups).reshape(lengths.shape)[:, 0]
+    chosen = jnp.where(rows >= 0, rows % lengths.shape[1], -1)
+    shortest = jnp.take_along_axis(lengths, jnp.maximum(chosen, 0)[:, None], axis=1)
+    longer = (lengths > shortest) & (~correct | (lengths > ratio * shortest))
+    return chosen, longer & (chosen >= 0)[:, None]
 
 
 def make_train_step(config: ConfigDict, model: Model, optimizer: optax.GradientTransformation) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from jaxrl_llm.sampling.grammars import json_schema_automaton, regex_automaton
 from jaxrl_llm.sampling.host import Context, NewContext, host_rollout
 from jaxrl_llm.sampling.moves import Episode, Fork, Move, Role
 from jaxrl_llm.sampling.planning import Position, TurnSearch, first_positions, play_turn, sample_turns, turn_search
+from jaxrl_llm.sampling.prefixes import PartialRolloutBuffer, Prefix, ResumedEnv, resume_tasks
 from jaxrl_llm.sampling.rows import Row, join_rollouts, rows_to_rollout
 from jaxrl_llm.sampling.score import as_rollout, replace_prompts, rollout_hidden, score_rollout
 from jaxrl_llm.sampling.search import Beams, Vote, beam_search, best_of_n, self_consistency
@@ -44,9 +45,12 @@ __all__ = [
     "Fork",
     "Move",
     "NewContext",
+    "PartialRolloutBuffer",
     "PolicyServer",
     "Position",
+    "Prefix",
     "Reply",
+    "ResumedEnv",
     "Role",
     "Row",
     "Session",
@@ -68,6 +72,7 @@ __all__ = [
     "play_turn",
     "random_positions",
     "regex_automaton",
+    "resume_tasks",
     "rollout",
     "rollout_hidden",
     "rollout_spans",

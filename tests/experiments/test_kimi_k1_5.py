@@ -2,9 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from configs.policy_optimization.kimi_k1_5 import get_config
 from experiments.policy_optimization import kimi_k1_5
+
+
+def test_pairs_for_short_answers():
+    """The card's four responses, then a prompt with right ones of three lengths, and one that nobody solves."""
+    lengths = jnp.array([[100, 200, 300, 150], [90, 60, 91, 60], [5, 6, 7, 8]])
+    correct = jnp.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
+    chosen, rejected = kimi_k1_5.long2short_pairs(lengths, correct)
+    assert chosen.tolist() == [0, 1, -1]
+    assert rejected.tolist() == [[False, True, True, True], [False, False, True, False], [False] * 4]
+    with pytest.raises(ValueError, match="ratio=0.5 must be at least 1"):
+        kimi_k1_5.long2short_pairs(lengths, correct, ratio=0.5)
 
 
 def test_the_optimizer_starts_anew_with_its_averages_in_float32():
