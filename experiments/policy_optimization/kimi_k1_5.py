@@ -13,6 +13,10 @@ There is no clip and no deviation. Several updates are made on one batch; then t
 the optimizer starts anew. Choices of ours, as the paper gives no numbers: tau = 0.1, 0.5 for the length reward's weight
 and for the decay of a problem's record. Its partial rollouts are `jaxrl_llm.sampling.PartialRolloutBuffer`.
 
+Afterwards a short model is made of the long one (table `long2short`): by RL with the length reward and a lower limit,
+by DPO on `long2short_pairs`, by imitating its shortest right responses ("rejection"), or by averaging the weights with
+those of the latter ("merge"; the paper's short model is one of its own).
+
     python -m experiments.sweep kimi_k1_5 --table=off_policy --vmap-seeds
 """
 
@@ -28,22 +32,25 @@ import optax
 from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
 
+from experiments.policy_optimization._stages import Rows, make_imitation_step
 from experiments.policy_optimization._training import (
     Parts,
     arithmetic_world,
     check_choice,
     choose_problems,
     describe_rollout,
+    draw_tasks,
     make_optimizer,
     make_policy,
     make_step,
     play,
+    score,
     train_policy,
 )
 from jaxrl_llm import ops, train
 from jaxrl_llm.models import Model
 from jaxrl_llm.sampling import score_rollout
-from jaxrl_llm.types import Batch, Decoding, Metrics, Params, TrainState
+from jaxrl_llm.types import Batch, Decoding, Metrics, Params, Rollout, TrainState
 
 NEEDS_SCALE = (
     "AIME 77.5, MATH500 96.2 and Codeforces 94th percentile with long chains; 60.8 and 94.6 with short ones",
@@ -128,9 +135,72 @@ def build(config: ConfigDict) -> Parts:
     return Parts(world, model, init, iteration)
 
 
+def shorten(config: ConfigDict, parts: Parts) -> Parts:
+    """The phase that makes a model of long responses short, in one of the paper's ways; the long model is where it
+    starts, and for all but "rl" the one that samples."""
+    if config.long2short == "rl":
+        changes = {"length_weight": 0.5, "length_from": 0, "max_turn_tokens": config.short_limit}
+        return build(ConfigDict({**config, **changes}))
+    world, model, optimizer = parts.world, parts.model, make_optimizer(config)
+    imitate = make_imitation_step(config, model, optimizer)
+
+    def prefer(state: TrainState, rows: Rollout, valid: Bool[Array, "P"]) -> tuple[TrainState, Metrics]:
+        def loss_fn(params: Params) -> tuple[Array, Metrics]:
+            stats = ops.pair_margins(score(model, params["policy"], rows)[0], ref_logprobs, rows.mask)
+            return ops.dpo_loss(stats, beta=config.dpo_beta, valid=valid)
+
+        ref_logprobs = score(model, state.ref_params["policy"], rows)[0]  # type: ignore[index]  # see init
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        state, norms = train.apply_gradients(state, grads, optimizer, loss)
+        return state, {"loss": loss, **metrics, **norms}
+
+    def iteration(state: TrainState) -> tuple[TrainState, Metrics]:
+        tasks, key = draw_tasks(config, world.train_tasks, state)
+        assert state.ref_params is not None
+        sampled = play(config, model, state.ref_params["policy"], world, tasks, key, config.group_size)
+        lengths, grid = jnp.sum(sampled.mask, axis=1), (config.prompts, config.group_size)
+        chosen, rejected = long2short_pairs(lengths.reshape(grid), (sampled.rewards > 0).reshape(grid))
+        first = jnp.arange(config.prompts) * config.group_size
+        if config.long2short == "dpo":
+            longest = jnp.argmax(jnp.where(rejected, lengths.reshape(grid), -1), axis=1)
+            rows = jnp.concatenate([first + jnp.maximum(chosen, 0), first + longest])
+            return prefer(state, jax.tree.map(lambda leaf: leaf[rows], sampled), jnp.any(rejected, axis=1))
+        best = jax.tree.map(lambda leaf: leaf[first + jnp.maximum(chosen, 0)], sampled)
+        return imitate(state, Rows(best, best.mask & (chosen >= 0)[:, None]))
+
+    def init(long: Params, seed: Array) -> TrainState:
+        params = {"policy": long}
+        return train.init_state(params, optimizer, seed, ref_params=params)
+
+    return Parts(world, model, init, iteration)
+
+
 def run(config: ConfigDict, log: train.RunLog) -> None:
-    """Warm start, then sample, score and update until the steps are done, then the report."""
-    train_policy(config, log, build(config))
+    """Warm start, then sample, score and update until the steps are done, then the report; then the short model."""
+    parts = build(config)
+    long = train_policy(config, log, parts)[0].params["policy"]
+    short = long
+    if config.long2short:
+        check_choice("long2short", config.long2short, ("merge", "rejection", "dpo", "rl"))
+        second = shorten(config, parts)
+        state = train.loop(
+            lambda seed, long: second.init(long, seed),
+            second.iteration,
+            steps=config.short_steps,
+            log=log,
+            stage="short",
+            previous=long,
+        )
+        short = state.params["policy"]
+        if config.long2short == "merge":
+            short = train.over_seeds(lambda a, b: ops.interpolate_params(a, b, 0.5), config.seed)(long, short)
+
+    def describe(policy: Params) -> Metrics:
+        world = parts.world
+        found = describe_rollout(play(config, parts.model, policy, world, world.test_tasks, jax.random.key(1), 1))
+        return found | {"success_per_token": found["success"] / found["response_tokens"]}
+
+    log.summary({"short": train.fetch(train.over_seeds(describe, config.seed)(short))})
 
 
 TABLES = {
@@ -159,6 +229,11 @@ TABLES = {
             train.better("after_warmup", "from_start", metric="mean.success"),
             train.better("after_warmup", "none", metric="trained.response_tokens", lower=True),
         ],
+    ),
+    "long2short": train.Table(
+        arms={way: {"long2short": way} for way in ("rl", "dpo", "merge", "rejection")},
+        metrics=["short.success_per_token", "short.success", "short.response_tokens", "trained.success"],
+        claims=[train.better("rl", way) for way in ("dpo", "merge", "rejection")],
     ),
     "problems": train.Table(
         arms={"uniform": {}, "prioritized": {"prioritized": True}},
