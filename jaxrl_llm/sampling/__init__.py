@@ -15,6 +15,7 @@ from jaxrl_llm.sampling.device import rollout
 from jaxrl_llm.sampling.grammars import json_schema_automaton, regex_automaton
 from jaxrl_llm.sampling.host import Context, NewContext, host_rollout
 from jaxrl_llm.sampling.moves import Episode, Fork, Move, Role
+from jaxrl_llm.sampling.pieces import Event, Piece, reset_context, should_summarize, split_on_summary
 from jaxrl_llm.sampling.planning import Position, TurnSearch, first_positions, play_turn, sample_turns, turn_search
 from jaxrl_llm.sampling.prefixes import PartialRolloutBuffer, Prefix, ResumedEnv, resume_tasks
 from jaxrl_llm.sampling.rows import Row, join_rollouts, rows_to_rollout
@@ -42,10 +43,12 @@ __all__ = [
     "Constraint",
     "Context",
     "Episode",
+    "Event",
     "Fork",
     "Move",
     "NewContext",
     "PartialRolloutBuffer",
+    "Piece",
     "PolicyServer",
     "Position",
     "Prefix",
@@ -80,9 +83,12 @@ __all__ = [
     "sample_turns",
     "as_rollout",
     "replace_prompts",
+    "reset_context",
     "score_rollout",
     "self_consistency",
+    "should_summarize",
     "split_evenly",
+    "split_on_summary",
     "start_states",
     "surprising_positions",
     "token_trie",
