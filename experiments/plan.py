@@ -7,22 +7,23 @@
 The train step and the decode step are compiled ahead of time with libtpu; jaxrl_llm/train/planning.py says where each
 number comes from. `--config` takes what `experiments.run` takes; the page must have `programs(config)` or
 `build(config)`. `--model` plans GRPO itself with a known model: 1,024 sequences a step, bfloat16 weights. Without a
-mesh in the config the axes are chosen. `--quick` lets the compiler optimize little: seconds instead of a minute or two,
-and a time that is the least possible instead of the compiler's estimate. `--table` plans so all models at 4k and 32k
-tokens on four topologies, in two processes, and writes results/plan/.
+mesh in the config the axes are chosen. `--quick` lets the compiler optimize little and write no machine code: seconds
+instead of a minute or two, and a time that is the least possible instead of the compiler's estimate. `--table` plans so
+all models at 4k and 32k tokens on four topologies, two at a time, and writes results/plan/.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import math
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,12 +37,21 @@ from experiments import ROOT, load_page, split_name
 from experiments.policy_optimization import _training
 from jaxrl_llm.models import DecoderConfig, make_decoder
 from jaxrl_llm.train import load_config, parse_overrides
-from jaxrl_llm.train.planning import GIB, Program, chip_of, choose_mesh, plan, rollout_programs, topology_devices
+from jaxrl_llm.train.planning import (
+    GIB,
+    Program,
+    chip_of,
+    choose_mesh,
+    choose_slots,
+    plan,
+    rollout_programs,
+    topology_devices,
+)
 
 TOPOLOGIES = {"v5e-64": "v5e:8x8", "v5p-64": "v5p:4x4x4", "v6e-64": "v6e:8x8", "v5p-1024": "v5p:8x8x16"}
 CONTEXTS = (4096, 32768)
 TABLE_MODELS = ("qwen2.5-1.5b", "qwen2.5-7b", "qwen2.5-32b", "qwen3-30b-a3b")
-ROWS, SLOTS = 1024, 1024  # sequences of a step, and side by side in the sampler
+ROWS = 1024  # sequences of a step, and at most side by side in the sampler
 # What the models' config.json have beside the sizes in MODELS.
 QWEN2: dict[str, Any] = {"attention_bias": True, "tie_embeddings": False}
 MORE = {"qwen2.5-1.5b": {**QWEN2, "tie_embeddings": True}, "qwen2.5-3b": {**QWEN2, "tie_embeddings": True}}
@@ -74,7 +84,7 @@ def model_config(name: str, **options: Any) -> DecoderConfig:
 
 
 def grpo_programs(
-    config: DecoderConfig, *, context: int, micro_batches: int, rows: int = ROWS, slots: int = SLOTS
+    config: DecoderConfig, *, context: int, micro_batches: int, rows: int = ROWS, slots: int = ROWS
 ) -> dict[str, Program]:
     """GRPO with a KL to the reference: an update on `rows` sequences, and a step of the sampler."""
     settings = ConfigDict(
@@ -93,13 +103,13 @@ def grpo_programs(
 
 def plan_model(name: str, context: int, topology: str, *, thorough: bool = True) -> dict[str, Any]:
     """The report on GRPO with a known model; a chip has one row, or a part of one, of each micro-batch."""
-    config, chips = model_config(name), len(topology_devices(topology))
-    mesh = choose_mesh(config, chip_of(topology), chips, length=context, rows=ROWS)
+    config, chip, chips = model_config(name), chip_of(topology), len(topology_devices(topology))
+    mesh = choose_mesh(config, chip, chips, length=context, rows=ROWS)
     micro_batches = max(1, ROWS * mesh.get("sequence", 1) // chips)
-    programs = grpo_programs(config, context=context, micro_batches=micro_batches)
-    return {"model": name, "context": context, "micro_batches": micro_batches} | plan(
-        programs, topology, mesh, thorough=thorough
-    )
+    slots = choose_slots(config, chip, mesh, length=context, most=ROWS)
+    programs = grpo_programs(config, context=context, micro_batches=micro_batches, slots=slots)
+    chosen = {"model": name, "context": context, "micro_batches": micro_batches, "slots": slots}
+    return chosen | plan(programs, topology, mesh, thorough=thorough)
 
 
 def page_programs(page: ModuleType, config: ConfigDict) -> dict[str, Program]:
@@ -155,7 +165,19 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
     """The table of `--table`."""
     from tabulate import tabulate
 
-    head = ["model", "context", "topology", "mesh", "micro-batches", *COLUMNS, "fits", "step s", "tokens/s", "MFU"]
+    head = [
+        "model",
+        "context",
+        "topology",
+        "mesh",
+        "micro-batches",
+        "slots",
+        *COLUMNS,
+        "fits",
+        "step s",
+        "tokens/s",
+        "MFU",
+    ]
     rows = []
     for entry in entries:
         mesh = " ".join(f"{axis} {size}" for axis, size in entry["mesh"].items())
@@ -164,32 +186,56 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
         decode = entry["programs"]["decode"]
         ends += [entry["limit"], f"{1e3 * decode['step_seconds']:.1f}", decode["limit"]]
         name = next(name for name, topology in TOPOLOGIES.items() if topology == entry["topology"])
-        start = [entry["model"], entry["context"], name, mesh, entry["micro_batches"]]
+        start = [entry["model"], entry["context"], name, mesh, entry["micro_batches"], entry["slots"]]
         rows.append([*start, *memory, "yes" if entry["fits"] else "no", *ends])
     return tabulate(rows, [*head, "limited by", "decode ms", "limited by"], tablefmt="github", disable_numparse=True)
 
 
-def _entry(key: tuple[str, int, str]) -> dict[str, Any]:
-    began = time.process_time()
-    return plan_model(*key, thorough=False) | {"cpu_seconds": round(time.process_time() - began, 1)}
+def in_child(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The call's result from a process of its own, which ends with it, whatever its threads still do.
+
+    Raises:
+      ValueError: the call did. Another exception is printed by that process.
+    """
+    context = multiprocessing.get_context("spawn")  # a process that has jax must not be forked
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(sender, function, arguments, options))
+    process.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        raise RuntimeError("the process that planned ended without a result; what it printed says why") from None
+    finally:
+        process.kill()
+        process.join()
+    if error:
+        raise ValueError(error)
+    return result
+
+
+def _send_result(sender: Any, function: Callable[..., Any], arguments: Any, options: Any) -> None:
+    try:
+        result = function(*arguments, **options)
+    except ValueError as error:
+        sender.send((None, str(error)))
+    else:
+        sender.send((result | {"cpu_seconds": round(time.process_time(), 1)}, ""))
 
 
 def write_table(folder: Path) -> None:
-    """Plans every entry that is not in `folder`/table.json yet, and writes that file and table.md after each."""
-    file = folder / "table.json"
-    entries = json.loads(file.read_text()) if file.exists() else []
-    done = {(entry["model"], entry["context"], entry["topology"]) for entry in entries}
+    """Plans every entry, two at a time, and writes table.json and table.md in `folder`."""
     every = [(model, context, place) for model in TABLE_MODELS for context in CONTEXTS for place in TOPOLOGIES.values()]
+    began, entries = time.time(), []
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")  # a process that has jax must not be forked
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        futures = [pool.submit(_entry, key) for key in every if key not in done]
-        for future in concurrent.futures.as_completed(futures):
-            entries.append(future.result())
-            print(f"{describe(entries[-1])}\n  planned in {entries[-1]['cpu_seconds']} s of CPU", flush=True)
-            entries.sort(key=lambda entry: every.index((entry["model"], entry["context"], entry["topology"])))
-            file.write_text(json.dumps(entries, indent=1) + "\n")
-            (folder / "table.md").write_text(markdown(entries) + "\n")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for entry in pool.map(lambda key: in_child(plan_model, *key, thorough=False), every):
+            entries.append(entry)
+            print(f"{describe(entry)}\n  planned in {entry['cpu_seconds']} s of CPU", flush=True)
+    (folder / "table.json").write_text(json.dumps(entries, indent=1) + "\n")
+    spent = f"{len(entries)} entries, {sum(entry['cpu_seconds'] for entry in entries):.0f} s of CPU in all"
+    (folder / "table.md").write_text(f"{markdown(entries)}\n\n{spent}\n")
+    print(f"{spent}, {time.time() - began:.0f} s by the clock")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -216,9 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reports = []
         for topology in [options.topology, *filter(None, (options.compare or "").split(","))]:
             if options.config:
-                reports.append(plan_config(options.config, overrides, topology, thorough=not options.quick))
+                call = functools.partial(plan_config, options.config, overrides, topology)
             else:
-                reports.append(plan_model(options.model, options.context, topology, thorough=not options.quick))
+                call = functools.partial(plan_model, options.model, options.context, topology)
+            reports.append(in_child(call, thorough=False) if options.quick else call())
             if not options.json:
                 print(describe(reports[-1]), flush=True)
     except ValueError as error:

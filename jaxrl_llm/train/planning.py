@@ -6,24 +6,23 @@
 Compiling for TPUs needs the package libtpu and no TPU. Where each number comes from:
 
 - memory of weights, optimizer, reference, cache and batch: shapes and shardings of the arguments;
-- memory of activations, which is all else (gradients, what a layer keeps, buffers): the compiler's memory analysis, or
-  the words with which it refuses a program;
+- memory of activations, which is all else (gradients, what a layer keeps, buffers): what the compiler says of the
+  whole program less the arguments, also where that is too much for it;
 - FLOPs and bytes: products and kernels of the traced program, loops as often as they run (`count_work`);
 - time of exchanges: their bytes in the compiled program, loops as often as they run, under way while the rest runs;
 - time of the rest: the sum over products and kernels of the longer of what their FLOPs and bytes take, which is the
-  least, and what the compiler says of copies to other layouts; or, where the compiler may optimize (`thorough`), the
-  cycles that it estimates for each instruction, loops as often as they run, and our kernels as before
+  least, and of what copies to other layouts read and write; or, where it compiles to the end (`thorough`), the cycles
+  that the compiler estimates for each instruction, loops as often as they run, and our kernels as before
   (`read_schedule`);
 - model FLOP utilization: `decoder_flops` of the tokens, by that time and the chip's peak.
 
 The compiler's `optimal_seconds` is not used: it is the first of those sums, with a loop's body counted once. Without
-`thorough` the compiler optimizes little: a feed-forward network and its gradient take 0.6 s instead of 10 and 6% more
-memory, but the code is ten times slower, so that its cycles say nothing.
+`thorough` the compiler optimizes little, which takes 6% more memory in a feed-forward network and its gradient, and is
+not waited for when it writes machine code (see `tpu_compiler`): seconds instead of minutes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -44,6 +43,7 @@ from jaxrl_llm.models.decoder_config import DecoderConfig
 from jaxrl_llm.sampling.slots import Limits, Prompts, decode, finish, start
 from jaxrl_llm.train.program_costs import Machine, count_work, read_schedule
 from jaxrl_llm.train.sharding import batch_shardings, make_mesh, state_shardings
+from jaxrl_llm.train.tpu_compiler import compile_ahead
 from jaxrl_llm.types import Batch, Decoding, Params, TrainState
 
 QUICK: dict[str, Any] = {"optimization_level": 9}  # the number of jax's O0
@@ -214,7 +214,7 @@ def choose_mesh(config: DecoderConfig, chip: Chip, chips: int, *, length: int, r
       ValueError: the `rows` of a micro-batch do not divide among the chips that have whole rows.
     """
     head_dim: int = config.head_dim  # type: ignore[assignment]  # set by the config
-    parameters = decoder_flops(dataclasses.replace(config, experts_per_token=max(config.num_experts, 1)), 1, 0) / 2
+    parameters = _count_parameters(config)
     per_token = 2 * config.num_layers * config.width + 2 * 6 * (config.ffn_width + config.num_heads * head_dim)
     candidates: list[tuple[float, dict[str, int]]] = []
     for sequence in (2**i for i in range(chips.bit_length())):
@@ -237,6 +237,31 @@ def choose_mesh(config: DecoderConfig, chip: Chip, chips: int, *, length: int, r
     return {axis: size for axis, size in chosen.items() if size > 1} or {"data": 1}
 
 
+def choose_slots(config: DecoderConfig, chip: Chip, mesh: Mapping[str, int], *, length: int, most: int) -> int:
+    """`most` slots of a sampler, or a half, a quarter and so on, of which the bfloat16 cache stays, beside the state
+    and gathered matrices of the vocabulary, below 7/8 of a chip's memory; at least one where rows are."""
+    head_dim: int = config.head_dim  # type: ignore[assignment]  # set by the config
+    where = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
+    divided = math.prod(mesh.get(axis, 1) for axis in ("fsdp", "expert", "tensor"))
+    row = (
+        2
+        * 2
+        * config.num_layers
+        * config.num_kv_heads
+        * head_dim
+        * length
+        / math.gcd(config.num_kv_heads, mesh.get("tensor", 1))
+    )
+    beside = _count_parameters(config) * (2 + 2 + 8) / divided + 2 * 2 * config.vocab_size * config.width
+    while most > where and most / where * row + beside > 7 / 8 * chip.memory:
+        most //= 2
+    return most
+
+
+def _count_parameters(config: DecoderConfig) -> float:
+    return decoder_flops(dataclasses.replace(config, experts_per_token=max(config.num_experts, 1)), 1, 0) / 2
+
+
 def plan(
     programs: Mapping[str, Program], topology: str, sizes: Mapping[str, int], *, thorough: bool = False
 ) -> dict[str, Any]:
@@ -244,7 +269,7 @@ def plan(
 
     `memory_per_chip` has bytes by kind, `total` (the larger of the train step's and of the sampler's, beside which the
     state stays) and `available`. `flops` and `bytes` are those of a chip in one train step, `mfu` its share of the peak
-    that the model itself needs. The same of each program is in `programs`.
+    that the model itself needs. The same of each program is in `programs`. Without `thorough`, see `compile_ahead`.
 
     Raises:
       ValueError: see `topology_devices`, `make_mesh`, `state_shardings`.
@@ -283,34 +308,22 @@ def _compile(program: Program, chip: Chip, mesh: Any, thorough: bool) -> dict[st
             item = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype.itemsize
             memory[kind] = memory.get(kind, 0.0) + math.prod(leaf.sharding.shard_shape(leaf.shape)) * item
         work = count_work(program.function, program.arguments, machine)
-        started, text, compiles = time.process_time(), "", True
+        started = time.process_time()
         lowered = jax.jit(program.function, donate_argnames=program.donated).lower(**placed)
-        try:
-            compiled = lowered.compile(compiler_options={} if thorough else QUICK)
-        except jax.errors.JaxRuntimeError as error:
-            if (needed := _needed(str(error), sum(memory.values()))) is None:
-                raise
-            memory["activations"], compiles = needed, False
-        else:
-            analysis: Any = compiled.memory_analysis()
-            kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-            memory["activations"] = float(analysis.temp_size_in_bytes + kept)
-            # jaxlib 0.10.2 cannot write down some programs of libtpu 0.0.52 ("async-update instruction should have 1
-            # operands"); exchanges are then unknown
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                text = compiled.as_text() or ""
+    compiled = compile_ahead(lowered, machine_code=thorough, options={} if thorough else QUICK)
+    memory["activations"] = max(compiled.total_bytes - sum(memory.values()), 0.0)
     flops, moved, least = (value / mesh.size for value in work)
-    found = read_schedule(text)
+    found = read_schedule(compiled.text)
     seconds = {"compute": flops / chip.flops, "memory bandwidth": moved / chip.bandwidth}
-    if text:
-        seconds["interconnect"] = found.exchanged_bytes / chip.interconnect
-    least += found.copy_cycles / chip.clock
-    if thorough and text:
+    seconds["interconnect"] = found.exchanged_bytes / chip.interconnect
+    if found.cycles:
         least = found.cycles / chip.clock + max(found.kernel_flops / chip.flops, found.kernel_bytes / chip.bandwidth)
+    else:
+        least += found.copied_bytes / chip.bandwidth
     estimate = max(least, *seconds.values())
     return {
-        "compiles": compiles,
-        "time_from": "the compiler's schedule" if thorough and text else "FLOPs and bytes",
+        "compiles": not compiled.refused,
+        "time_from": "the compiler's schedule" if found.cycles else "FLOPs and bytes",
         "memory_per_chip": memory,
         "flops": flops,
         "bytes": moved,
@@ -321,16 +334,6 @@ def _compile(program: Program, chip: Chip, mesh: Any, thorough: bool) -> dict[st
         "tokens_per_second": program.tokens / estimate,
         "compile_cpu_seconds": time.process_time() - started,
     }
-
-
-def _needed(message: str, arguments: float) -> float | None:
-    """Bytes beside the arguments, from the words in which the compiler refuses a program; None where it does not say.
-    Either all is more than there is, or temporaries alone are."""
-    found = re.search(r"([\d.]+)([KMGT])\)? (?:of|exceeds)", message)
-    if "RESOURCE_EXHAUSTED" not in message or found is None:
-        return None
-    size = float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)
-    return size if "temporaries" in message else max(size - arguments, 0.0)
 
 
 def _place(name: str, shapes: Any, mesh: Any) -> Any:

@@ -119,7 +119,7 @@ class Schedule(NamedTuple):
     """Of one device, read off a program that was compiled for TPUs."""
 
     cycles: float = 0.0  # the compiler's estimate for all that is not a kernel of ours or an exchange
-    copy_cycles: float = 0.0  # of these, for copies from one layout to another
+    copied_bytes: float = 0.0  # read and written by copies from one layout to another
     kernel_flops: float = 0.0
     kernel_bytes: float = 0.0
     exchanged_bytes: float = 0.0  # that it receives
@@ -129,8 +129,8 @@ class Schedule(NamedTuple):
 
 
 def read_schedule(text: str) -> Schedule:
-    """From `compiled.as_text()`: the cycles that the compiler wrote beside each instruction, what kernels say that they
-    cost, and what exchanges bring in; loops as often as they run, if their end is a constant, else once.
+    """From a program's text: the cycles that the compiler wrote beside each instruction, what copies move and kernels
+    say that they cost, and what exchanges bring in; loops as often as they run, if their end is a constant, else once.
 
     An exchange may appear in several instructions while it is under way; its channel tells that it is one.
     """
@@ -155,7 +155,9 @@ def _schedule_of(block: str, blocks: Mapping[str, list[str]], seen: set[str]) ->
         shapes = rest.split("(", 1)[0] if not rest.startswith("(") else rest.split(") ", 1)[0]
         sizes[name] = sum(_array_bytes(*array) for array in ARRAY.findall(shapes))
         if cycles := re.search(r'"estimated_cycles":"(\d+)"', rest):
-            total += Schedule(float(cycles[1]), float(cycles[1]) if " copy(" in rest else 0.0)
+            total += Schedule(float(cycles[1]))
+        if " copy(" in rest:
+            total += Schedule(copied_bytes=2.0 * sizes[name])
         if "tpu_custom_call" in rest and (cost := re.search(r'"cost_estimate":\{([^}]*)\}', rest)):
             flops, moved = (re.search(rf'"{key}":"?(\d+)', cost[1]) for key in ("flops", "bytes_accessed"))
             known = (float(number[1]) if number else 0.0 for number in (flops, moved))
@@ -172,9 +174,9 @@ def _schedule_of(block: str, blocks: Mapping[str, list[str]], seen: set[str]) ->
         often = _trips(rest, blocks) if " while(" in rest else 1
         for inner in re.findall(rf"(?:body|calls|to_apply|branch_computations)=\{{?{NAME}", rest):
             found = _schedule_of(inner, blocks, seen)
-            # a fusion's cycles stand beside it; what stands inside is only told apart
+            # a fusion's cycles stand beside it, and what is copied inside never leaves the chip's own memory
             if not re.search(r" (?:while|conditional|call)\(", rest):
-                found = found._replace(cycles=0.0, copy_cycles=0.0)
+                found = found._replace(cycles=0.0, copied_bytes=0.0)
             total += Schedule(*(often * number for number in found))
     return total
 

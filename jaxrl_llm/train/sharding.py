@@ -91,16 +91,19 @@ def state_shardings(state: PyTree, mesh: Mesh | Any) -> PyTree:
 
 
 def batch_shardings(batch: PyTree, mesh: Mesh | Any) -> PyTree:
-    """The sharding of every array of a batch: the first axis is that of rows, the second, where there is one, that of
-    places. Scalars are whole everywhere.
+    """The sharding of every array of a batch: the first axis is that of rows, the second that of places, where it is as
+    long as that of any of the arrays; else it is of turns, say, and whole. Scalars are whole everywhere.
 
     Raises:
       ValueError: rows or places do not divide; the axis and the nearest size that fits are named.
     """
+    longest = max((leaf.shape[1] for leaf in jax.tree.leaves(batch) if len(leaf.shape) > 1), default=0)
 
     def one(leaf: Any) -> NamedSharding:
-        axes = [mesh_axes(name, size, mesh=mesh) for name, size in zip(("batch", "length"), leaf.shape, strict=False)]
-        return NamedSharding(mesh, _plain(axes))
+        names = ("batch", "length" if leaf.shape[1:2] == (longest,) else None)
+        return NamedSharding(
+            mesh, _plain([mesh_axes(*axis, mesh=mesh) for axis in zip(names, leaf.shape, strict=False)])
+        )
 
     return jax.tree.map(one, batch)
 
