@@ -11,8 +11,8 @@ from jaxrl_llm import train
 
 
 def get_config(arm: str = "small") -> ConfigDict:
-    model = {"width": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "ffn_width": 128}
-    warm_start = base_config()["warm_start"]
+    sizes = {"width": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "ffn_width": 128}
+    defaults = base_config()
     base = base_config(
         algorithm="ppo",  # ppo, grpo, rloo
         reward="dense",  # dense, single
@@ -21,7 +21,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         lam=1.0,  # of GAE
         value_clip=None,
         critic_optimizer=train.optimizer_config(1e-3, warmup_updates=5),
-        model=model,
+        model=defaults["model"] | sizes,
         max_length=72,
         max_turns=12,
         max_turn_tokens=2,
@@ -30,7 +30,7 @@ def get_config(arm: str = "small") -> ConfigDict:
         num_slots=64,
         optimizer=train.optimizer_config(5e-4, warmup_updates=5),
         demos=76,  # episodes to imitate before
-        warm_start=warm_start | {"steps": 400, "rows": 16, "row_length": 144},
+        warm_start=defaults["warm_start"] | {"steps": 400, "rows": 16, "row_length": 144},
         steps=60,
         evaluate_every=15,
         world={
