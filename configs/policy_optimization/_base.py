@@ -81,8 +81,8 @@ TINY = {  # seconds, for tests; equal shapes on all pages, so that they share co
 
 
 def _model(vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, ffn: int, **more: Any) -> dict:
-    sizes = {"width": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads, "ffn_width": ffn}
-    sizes |= {"remat": "full", "scan_layers": True}  # as a model of this size is trained
+    sizes: dict[str, Any] = {"width": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads}
+    sizes |= {"ffn_width": ffn, "remat": "full", "scan_layers": True}  # rematerialized as models of this size are
     return {"vocab_size": vocab_size} | {f"model.{name}": value for name, value in {**sizes, **more}.items()}
 
 
