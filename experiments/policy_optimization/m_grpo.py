@@ -124,16 +124,14 @@ def play_agents(
 ) -> Played:
     """An episode of each task: the planner's calls, the sub-agent's results, the planner's answer; or, `single`, one
     policy's answer."""
-    episodes, keys = len(tasks["answer"]), jax.random.split(key, 3)
+    ids, keys = jnp.arange(len(tasks["answer"])), jax.random.split(key, 3)
     question = tasks["prompt_tokens"], tasks["prompt_length"]
-    ids = jnp.arange(episodes)
     if config.agents == "single":
-        prompts = reset_context(tasks["table"], jnp.full(episodes, lookups.TABLE_TOKENS), *question)
+        prompts = reset_context(tasks["table"], jnp.full(len(ids), lookups.TABLE_TOKENS), *question)
         main = play(config, model, params["main"], world, as_tasks(*prompts), keys[0], 1)
         answer, ok = lookups.read_value(*responses(main), lookups.ANSWER)
-        right = ok & (answer == tasks["answer"])
-        nothing = jnp.zeros((episodes, lookups.MAX_CALLS), bool)
-        return Played(main, ids, jnp.where(right, 1.0, 0.1 * ok), right, None, jnp.zeros_like(ids), nothing)
+        right, no_calls = ok & (answer == tasks["answer"]), jnp.zeros((len(ids), lookups.MAX_CALLS), bool)
+        return Played(main, ids, jnp.where(right, 1.0, 0.1 * ok), right, None, jnp.zeros_like(ids), no_calls)
     plan = play(config, model, params["main"], world, as_tasks(*question), keys[0], 1)
     calls, counts, planned = lookups.read_plan(*responses(plan))
     tables = jnp.repeat(tasks["table"], lookups.MAX_CALLS, axis=0)
@@ -188,10 +186,13 @@ def build(config: ConfigDict) -> Parts:
         played = play_agents(config, model, state.params, world, tasks, key)
         main = played.main
         advantages = ops.grpo_advantages(played.rewards, groups, main.mask, rollout_ids=played.main_ids)
+        start = state
         state, metrics = update(state, "main", Batch(main, main.mask, main.logprobs, advantages))
         if config.agents == "both":
             state, sub_metrics = update(state, "sub", sub_batch(config, played, groups, jax.random.fold_in(key, 1)))
             metrics["sub_grad_norm"] = sub_metrics["grad_norm"]
+            skipped = state.skipped > start.skipped  # either update: two agents' counts in a row are one
+            state = dataclasses.replace(state, skipped_in_row=(start.skipped_in_row + skipped) * skipped)
         return state, metrics | {"success": jnp.mean(played.right), "calls": jnp.mean(played.counts)}
 
     def init(reference: Params, seed: Array) -> TrainState:
@@ -204,8 +205,7 @@ def build(config: ConfigDict) -> Parts:
 
 
 def run(config: ConfigDict, log: train.RunLog) -> None:
-    """Trains, and reports success on held-out questions, and the spread of the sub-agent's gradient norms over their
-    mean (0 where it is not trained)."""
+    """Trains; reports held-out success, and the spread of the sub-agent's gradient norms over their mean (or 0)."""
     world, model, init, iteration, *_ = build(config)
 
     def right(state: TrainState) -> Bool[Array, "N"]:
