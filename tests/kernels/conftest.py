@@ -35,3 +35,12 @@ def compile_interpreters_quickly(request):
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def without_flags_of_cpus(request):
+    """For TPUs: libtpu ends a process whose XLA_FLAGS it does not know, and tests/conftest.py sets such ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("slow"):
+            patch.delenv("XLA_FLAGS", raising=False)
+        yield
