@@ -98,7 +98,9 @@ def get_config(arm: str = "small") -> ConfigDict:
             "model.num_layers": 36,
             "model.num_heads": 16,
             "model.num_kv_heads": 2,
+            "model.head_dim": 128,
             "model.ffn_width": 11008,
+            "model.rope_theta": 1e6,
             "model.remat": "full",
             "model.scan_layers": True,
             "min_prompt": 1,  # no prefix computed once: layers of a pass with a cache are not computed again

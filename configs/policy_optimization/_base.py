@@ -24,6 +24,9 @@ def base_config(**changes: Any) -> dict[str, Any]:
             "num_heads": 4,
             "num_kv_heads": 4,
             "ffn_width": 256,
+            "rope_theta": 1e4,
+            "attention_bias": False,
+            "tie_embeddings": True,
             "remat": "none",  # full: layers are computed again in the backward pass
             "scan_layers": False,
         },
@@ -86,11 +89,13 @@ def _model(vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, 
     return {"vocab_size": vocab_size} | {f"model.{name}": value for name, value in {**sizes, **more}.items()}
 
 
+QWEN: dict[str, Any] = {"rope_theta": 1e6, "attention_bias": True}
+LARGE = QWEN | {"tie_embeddings": False}
 MODELS = {  # as their config.json on the Hugging Face hub have it
-    "llama3.1-8b": _model(128256, 4096, 32, 32, 8, 14336),
-    "qwen2.5-1.5b": _model(151936, 1536, 28, 12, 2, 8960),
-    "qwen2.5-3b": _model(151936, 2048, 36, 16, 2, 11008),
-    "qwen2.5-7b": _model(152064, 3584, 28, 28, 4, 18944),
-    "qwen2.5-14b": _model(152064, 5120, 48, 40, 8, 13824),
-    "qwen2.5-32b": _model(152064, 5120, 64, 40, 8, 27648),
+    "llama3.1-8b": _model(128256, 4096, 32, 32, 8, 14336, rope_theta=5e5, tie_embeddings=False),
+    "qwen2.5-1.5b": _model(151936, 1536, 28, 12, 2, 8960, **QWEN),
+    "qwen2.5-3b": _model(151936, 2048, 36, 16, 2, 11008, **QWEN),
+    "qwen2.5-7b": _model(152064, 3584, 28, 28, 4, 18944, **LARGE),
+    "qwen2.5-14b": _model(152064, 5120, 48, 40, 8, 13824, **LARGE),
+    "qwen2.5-32b": _model(152064, 5120, 64, 40, 8, 27648, **LARGE),
 }

@@ -5,9 +5,11 @@ import importlib
 import jax
 import pytest
 
+from configs.policy_optimization._base import MODELS, base_config
 from experiments import all_pages, load_page
 from experiments.plan import page_programs
 from jaxrl_llm import train
+from jaxrl_llm.models import DecoderConfig, make_decoder
 from jaxrl_llm.train.config import override
 
 PAGES = [files for files in all_pages() if files.family == "policy_optimization"]
@@ -67,3 +69,20 @@ def test_arms_of_the_tables_trace(files):
             if (key := repr(sorted(arm.items()))) not in seen:
                 seen.add(key)
                 shapes(page, config_of(files, "tiny", arm))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # as the checkpoints on the Hugging Face hub have them
+    [
+        ("llama3.1-8b", 8_030_261_248),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-14b", 14_770_033_664),
+        ("qwen2.5-32b", 32_763_876_352),
+    ],
+)
+def test_models_of_papers_have_their_published_size(name, parameters):
+    config = train.choose_arm(base_config(), "paper", {"paper": MODELS[name]})
+    shapes = jax.eval_shape(make_decoder(DecoderConfig(config.vocab_size, **config.model)).init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
