@@ -14,7 +14,7 @@ middling accuracy improve fastest and the hardest stall, as a group teaches only
 A reward is 1 where every test passes, else 0 [our reading]. Both stages take as many rollouts a step [our choice]. A
 problem that was not drawn since keeps its last rate, at first that of 8 rollouts before training [our choice]. Without
 phases stage 1 is the whole run. The world is ours: stack programs from examples, the hard ones mostly shown wrong. So
-small a policy learns problems and no programming; what stage 2 forgets is looked for on stage 1's easy problems.
+small a policy learns problems and no programming: the arena keeps all, stage 2 forgets stage 1's easy problems if any.
 
     python -m experiments.sweep drive --table=main --vmap-seeds
 """
