@@ -161,7 +161,7 @@ def run(config: ConfigDict, log: train.RunLog) -> None:
 LARGE = {"rooms": 4, "objects": 6, "quest": 8}
 LARGE_LIMITS = {"max_turns": 24, "max_length": 160}
 TO_LARGE = {
-    **{"demos": 384, "steps": 240},  # with the 76 and 60 of `small`, one small house in five is won, and no large one
+    **{"demos": 384, "steps": 240},  # until most small houses are won
     **{f"world.test.{name}": size for name, size in LARGE.items()},
     **{f"test_limits.{name}": size for name, size in LARGE_LIMITS.items()},
 }
