@@ -27,8 +27,8 @@ def config_of(**overrides):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A folder as the hub has them, with a tokenizer and a template of Qwen's kind."""
-    sizes = {name: value for name, value in get_config("tiny").model.items() if name not in ("remat", "scan_layers")}
-    model = models.make_decoder(models.DecoderConfig(TOKENIZER.vocab_size, **sizes, attention_bias=True))
+    sizes = get_config("tiny").model.to_dict() | {"attention_bias": True}
+    model = models.make_decoder(models.DecoderConfig(TOKENIZER.vocab_size, **sizes))
     path = tmp_path_factory.mktemp("hub") / "tiny"
     models.save(dataclasses.replace(model, tokenizer=TOKENIZER), jax.jit(model.init)(jax.random.key(0)), path)
     return str(path)
