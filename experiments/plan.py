@@ -52,10 +52,6 @@ TOPOLOGIES = {"v5e-64": "v5e:8x8", "v5p-64": "v5p:4x4x4", "v6e-64": "v6e:8x8", "
 CONTEXTS = (4096, 32768)
 TABLE_MODELS = ("qwen2.5-1.5b", "qwen2.5-7b", "qwen2.5-32b", "qwen3-30b-a3b")
 ROWS = 1024  # sequences of a step, and at most side by side in the sampler
-# What the models' config.json have beside the sizes in MODELS.
-QWEN2: dict[str, Any] = {"attention_bias": True, "tie_embeddings": False}
-MORE = {"qwen2.5-1.5b": {**QWEN2, "tie_embeddings": True}, "qwen2.5-3b": {**QWEN2, "tie_embeddings": True}}
-MORE["llama3.1-8b"] = {"tie_embeddings": False}
 QWEN3_MOE: dict[str, Any] = {
     "width": 2048,
     "num_layers": 48,
@@ -74,13 +70,13 @@ def model_config(name: str, **options: Any) -> DecoderConfig:
     Raises:
       ValueError: there is no such model; those there are, are named.
     """
-    options = {"remat": "full", "scan_layers": True, "rope_theta": 1e6, **options}
     if name == "qwen3-30b-a3b":
+        options = {"remat": "full", "scan_layers": True, "rope_theta": 1e6, **options}
         return DecoderConfig(151936, **QWEN3_MOE, tie_embeddings=False, **options)
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; there is {', '.join([*MODELS, 'qwen3-30b-a3b'])}")
     sizes: dict[str, Any] = {key.removeprefix("model."): value for key, value in MODELS[name].items()}
-    return DecoderConfig(**{**sizes, **MORE.get(name, QWEN2), **options})
+    return DecoderConfig(**{**sizes, **options})
 
 
 def grpo_programs(

@@ -12,6 +12,7 @@ from jaxrl_llm import train
 
 def get_config(arm: str = "small") -> ConfigDict:
     base = base_config(
+        group_size=1,  # rows are shown, not sampled
         selection="dos",  # dos, dos_spread (with the optimum's spread), random, lowest, middle, highest
         law="perplexity",  # to fit: none, classical, perplexity
         marks=(32, 64, 128),  # steps of a small run, after each of which its loss is taken

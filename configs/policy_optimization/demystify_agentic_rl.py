@@ -43,7 +43,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "prompts": 64,
             "group_size": 16,
             "mini_batches": 4,
-            "micro_batches": 64,
+            "micro_batches": 4,
             "optimizer.learning_rate": 1e-6,
             "world.train_problems": 30_000,
         },

@@ -12,6 +12,7 @@ from jaxrl_llm import train
 
 def get_config(arm: str = "small") -> ConfigDict:
     base = base_config(
+        group_size=1,  # rows are shown, not sampled
         balance="fixed",  # token (plain fine-tuning), fixed, learned, length
         alpha=0.7,  # weight of the thoughts
         rounds=0,  # on the hard pool, behind the fine-tuning
@@ -36,7 +37,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "max_turn_tokens": 1024,
             "num_slots": 512,
             "prompts": 512,
-            "micro_batches": 64,
+            "micro_batches": 8,
             "steps": 500,
             "rounds": 10,
             "optimizer.learning_rate": 4e-5,

@@ -38,7 +38,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "num_slots": 512,
             "prompts": 64,
             "group_size": 8,
-            "micro_batches": 32,
+            "micro_batches": 1,
             "optimizer.learning_rate": 1e-6,
             "optimizer.weight_decay": 0.01,
         },

@@ -12,6 +12,7 @@ from jaxrl_llm import train
 
 def get_config(arm: str = "small") -> ConfigDict:
     base = base_config(
+        group_size=1,  # rows are shown, not sampled
         keep="symmetric",  # what the old prompts are for: nothing, one_way or symmetric KL, answers (replay)
         project="one_way",  # none, one_way, symmetric
         latent=True,  # whether pairs of a new example and a flashback are learnt from

@@ -37,7 +37,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "prompts": 64,
             "group_size": 1,
             "mini_batches": 4,
-            "micro_batches": 4,
+            "micro_batches": 1,
             "optimizer.learning_rate": 3e-6,
             "critic_optimizer.learning_rate": 3e-6,
         },

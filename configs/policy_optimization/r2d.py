@@ -12,6 +12,7 @@ from jaxrl_llm import train
 
 def get_config(arm: str = "small") -> ConfigDict:
     base = base_config(
+        group_size=1,  # rows are shown, not sampled
         pivots=True,
         scheme="binary",  # of the pivots: binary, rethink, guard
         contrast=1.0,  # weight of CPO

@@ -36,7 +36,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "prompts": 512,
             "group_size": 8,
             "mini_batches": 64,
-            "micro_batches": 8,
+            "micro_batches": 1,
             "length_exponent": 1.0,
             "optimizer.learning_rate": 1e-6,
         },

@@ -42,7 +42,7 @@ def get_config(arm: str = "small") -> ConfigDict:
             "prompts": 256,
             "group_size": 5,
             "mini_batches": 4,
-            "micro_batches": 64,
+            "micro_batches": 5,
             "optimizer.learning_rate": 1e-6,
         },
     }

@@ -41,9 +41,9 @@ def get_config(arm: str = "small") -> ConfigDict:
             "max_length": 4096,
             "max_turns": 64,
             "max_turn_tokens": 512,
-            "num_slots": 256,
+            "num_slots": 64,
             "prompts": 32,
-            "micro_batches": 64,
+            "micro_batches": 16,  # of 128 pieces
             "optimizer.learning_rate": 1e-6,
         },
     }
