@@ -76,7 +76,7 @@ def model_config(name: str, **options: Any) -> DecoderConfig:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; there is {', '.join([*MODELS, 'qwen3-30b-a3b'])}")
     sizes: dict[str, Any] = {key.removeprefix("model."): value for key, value in MODELS[name].items()}
-    return DecoderConfig(**{**sizes, **options})
+    return DecoderConfig(**(sizes | options))
 
 
 def grpo_programs(

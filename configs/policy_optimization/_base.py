@@ -64,12 +64,9 @@ def base_config(**changes: Any) -> dict[str, Any]:
     }
 
 
-LONG_MODEL = base_config()["model"] | {  # looks things up in long windows: `jaxrl_llm.models.induction_head`
-    "num_heads": 2,
-    "num_kv_heads": 2,
-    "rope_theta": 1e6,
-    "attention_bias": True,
-}
+QWEN: dict[str, Any] = {"rope_theta": 1e6, "attention_bias": True}
+# looks things up in long windows: `jaxrl_llm.models.induction_head`
+LONG_MODEL = base_config()["model"] | {"num_heads": 2, "num_kv_heads": 2, **QWEN}
 
 
 TINY = {  # seconds, for tests; equal shapes on all pages, so that they share compiled functions
@@ -89,7 +86,6 @@ def _model(vocab_size: int, width: int, layers: int, heads: int, kv_heads: int, 
     return {"vocab_size": vocab_size} | {f"model.{name}": value for name, value in {**sizes, **more}.items()}
 
 
-QWEN: dict[str, Any] = {"rope_theta": 1e6, "attention_bias": True}
 LARGE = QWEN | {"tie_embeddings": False}
 MODELS = {  # as their config.json on the Hugging Face hub have it
     "llama3.1-8b": _model(128256, 4096, 32, 32, 8, 14336, rope_theta=5e5, tie_embeddings=False),

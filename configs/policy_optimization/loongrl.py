@@ -40,8 +40,6 @@ def get_config(arm: str = "small") -> ConfigDict:
         "tiny": TINY | {"model.num_layers": 2},  # an induction head has two
         "paper": {
             **MODELS["qwen2.5-7b"],
-            "model.attention_bias": True,
-            "model.rope_theta": 1e6,
             "max_length": 20_480,
             "max_turn_tokens": 4096,
             "num_slots": 256,

@@ -39,8 +39,6 @@ def get_config(arm: str = "small") -> ConfigDict:
         "tiny": TINY | {"phase_starts": (0, 1), "model.num_layers": 2},  # an induction head has two
         "paper": {
             **MODELS["qwen2.5-32b"],
-            "model.attention_bias": True,
-            "model.rope_theta": 1e6,
             "max_length": 70_000,
             "max_turn_tokens": 10_000,
             "num_slots": 256,

@@ -207,8 +207,7 @@ def _shapes(function: Callable[..., Any], *arguments: Any) -> Any:
 def choose_mesh(config: DecoderConfig, chip: Chip, chips: int, *, length: int, rows: int) -> dict[str, int]:
     """Axes for so many chips, with a row of a micro-batch, or a part of one, on each: 8 along `expert` where there are
     experts, `fsdp` up to 64, as each layer's weights travel around it, `data` for the rest, and as few along
-    `sequence` as leave an estimate of memory below 7/8 of
-    the chip's, or where none does, those with the lowest.
+    `sequence` as leave an estimate of memory below 7/8 of the chip's, or where none does, those with the lowest.
 
     Raises:
       ValueError: the `rows` of a micro-batch do not divide among the chips that have whole rows.
@@ -243,15 +242,8 @@ def choose_slots(config: DecoderConfig, chip: Chip, mesh: Mapping[str, int], *, 
     head_dim: int = config.head_dim  # type: ignore[assignment]  # set by the config
     where = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
     divided = math.prod(mesh.get(axis, 1) for axis in ("fsdp", "expert", "tensor"))
-    row = (
-        2
-        * 2
-        * config.num_layers
-        * config.num_kv_heads
-        * head_dim
-        * length
-        / math.gcd(config.num_kv_heads, mesh.get("tensor", 1))
-    )
+    heads = config.num_kv_heads / math.gcd(config.num_kv_heads, mesh.get("tensor", 1))  # on a chip
+    row = 2 * 2 * config.num_layers * heads * head_dim * length
     beside = _count_parameters(config) * (2 + 2 + 8) / divided + 2 * 2 * config.vocab_size * config.width
     while most > where and most / where * row + beside > 7 / 8 * chip.memory:
         most //= 2
